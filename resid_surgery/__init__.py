@@ -1,0 +1,35 @@
+"""resid_surgery: locate, operate on and measure what writes a prediction into the residual stream.
+
+The public verbs and values, imported on first use (PEP 562).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOMES = {
+    "errors": (
+        "ResidSurgeryError ArgumentError SiteError PromptError LoadError UnsupportedModelError "
+        "ClosureError StaleRecordingError InterventionError"
+    ),
+    "sites": "Neuron Head HeadSource AttnNeuron Sublayer Resid Bias Constant parse_site",
+    "models.prompts": "Prompt",
+    "models.opening": "OpenedModel",
+    "stream.recording": "Recording record",
+    "stream.loading": "load",
+}
+_WHERE = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+__version__ = "0.1.0"
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'resid_surgery' has no attribute '{name}'")
+    value = getattr(import_module(f"resid_surgery.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,73 @@
+"""Argument validation with one message grammar.
+
+Every message says what must hold, what was given, for which model (where there is one) and
+what to do: ``"`k` must be a whole number from 1 to 46080 for SmolLM2-135M; got 0."``
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from resid_surgery.errors import ArgumentError, ResidSurgeryError
+
+
+def message(name: str, must: str, got: object, *, model: str | None = None, do: str = "") -> str:
+    """One error line: what must hold - for which model - what was given - what to do."""
+    where = f" for {model}" if model else ""
+    return f"`{name}` must be {must}{where}; got {_shown(got)}.{' ' + do if do else ''}"
+
+
+def whole(
+    name: str,
+    value: Any,
+    low: int,
+    high: int | None = None,
+    *,
+    model: str | None = None,
+    do: str = "",
+    error: type[ResidSurgeryError] = ArgumentError,
+) -> int:
+    """`value` as an int within low..high (bools and floats are refused)."""
+    span = f"a whole number >= {low}" if high is None else f"a whole number in {low}..{high}"
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise error(message(name, span, value, model=model, do=do))
+    number = int(value.__index__())
+    if number < low or (high is not None and number > high):
+        raise error(message(name, span, number, model=model, do=do))
+    return number
+
+
+def finite(name: str, value: Any, *, error: type[ResidSurgeryError] = ArgumentError) -> float:
+    """`value` as a finite float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise error(message(name, "a finite number", value))
+    return float(value)
+
+
+def choice(name: str, value: Any, allowed: Sequence[str], *, error: type[ResidSurgeryError] = ArgumentError) -> str:
+    """`value` if it is one of `allowed`, else an error that suggests the nearest spelling."""
+    if isinstance(value, str) and value in allowed:
+        return value
+    close = difflib.get_close_matches(value, allowed, n=1) if isinstance(value, str) else []
+    hint = f"Did you mean '{close[0]}'?" if close else ""
+    raise error(message(name, "one of " + ", ".join(allowed), value, do=hint))
+
+
+def layers(value: Any, n_layers: int, *, model: str | None = None) -> tuple[int, ...]:
+    """A layer subset as sorted distinct indices; None means all, negative counts from the end."""
+    if value is None:
+        return tuple(range(n_layers))
+    given: Iterable[Any] = [value] if hasattr(value, "__index__") else value
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise ArgumentError(message("layers", "None, a layer or a sequence of layers", value, model=model))
+    do = "Count from the end with -1."
+    picked = [whole("layers", one, -n_layers, n_layers - 1, model=model, do=do) % n_layers for one in given]
+    if not picked:
+        raise ArgumentError(message("layers", "at least one layer", value, model=model, do="None means all layers."))
+    return tuple(sorted(set(picked)))
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."

@@ -1,0 +1,1 @@
+"""Find who wrote a prediction: scores, certified search, query sources."""

@@ -1,0 +1,232 @@
+"""Prompts: a specification, bound to a tokenizer when it is recorded.
+
+A `Prompt` is plain data and knows no model. `bind` turns it into token ids, one target id, the
+competitors' ids and one predicting position, or says exactly why it cannot.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, final
+
+from resid_surgery._check import message, whole
+from resid_surgery.errors import PromptError
+
+
+class Vocabulary(Protocol):
+    """What binding a prompt needs to know of a model."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def context(self) -> int | None: ...
+
+
+@final
+@dataclass(frozen=True)
+class Prompt:
+    """What to predict from: text or ids, a target token, competitors, a predicting position.
+
+    Args:
+        text: the prompt as text; tokenised with the tokenizer's own special tokens (a BOS where
+            the tokenizer adds one; the tokens used are always shown).
+        target: the token whose prediction is studied: a string that is one token (mind the
+            leading space: " Paris"), or its id.
+        versus: competing tokens, likewise.
+        ids: token ids instead of text; used exactly as given.
+        position: the predicting position: an index (-1 is the last), or the text of one token.
+
+    Raises:
+        PromptError: neither or both of text and ids are given, or a field has the wrong type.
+
+    Example:
+        >>> Prompt("The capital of France is", target=" Paris", versus=[" London", " Lyon"]).versus
+        (' London', ' Lyon')
+    """
+
+    text: str | None = None
+    target: str | int | None = None
+    versus: Sequence[str | int] = ()
+    ids: Sequence[int] | None = None
+    position: int | str = -1
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.ids is None):
+            raise PromptError(
+                message("Prompt", "given either text or ids", (self.text, self.ids), do="Pass exactly one of them.")
+            )
+        if self.text is not None and (not isinstance(self.text, str) or not self.text):
+            raise PromptError(message("text", "a non-empty string", self.text))
+        if self.target is None:
+            raise PromptError("`target` must be one token (a string or an id); none was given. Pass target=' Paris'.")
+        if isinstance(self.versus, (str, int)) or not isinstance(self.versus, Iterable):
+            raise PromptError(message("versus", "a sequence of tokens", self.versus, do="Wrap it in a list."))
+        object.__setattr__(self, "versus", tuple(self.versus))
+        if self.ids is not None:
+            object.__setattr__(self, "ids", _as_ids(self.ids))
+        for token in (self.target, *self.versus):
+            if isinstance(token, bool) or not (isinstance(token, str) or hasattr(token, "__index__")):
+                raise PromptError(message("target/versus", "token strings or token ids", token))
+        if isinstance(self.position, bool) or not (
+            isinstance(self.position, str) or hasattr(self.position, "__index__")
+        ):
+            raise PromptError(message("position", "an index or the text of one token", self.position))
+
+
+@final
+@dataclass(frozen=True)
+class BoundPrompt:
+    """A prompt as a model sees it.
+
+    Attributes:
+        ids: (position,) token ids. tokens: their texts.
+        position: the predicting position t.
+        target: target id. versus: competitor ids.
+        names: id -> text, for the target and its competitors.
+        source: the specification that was bound.
+    """
+
+    ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    position: int
+    target: int
+    versus: tuple[int, ...]
+    names: dict[int, str]
+    source: Prompt
+
+    @property
+    def readouts(self) -> tuple[int, ...]:
+        """Target id, then the competitors' ids."""
+        return (self.target, *self.versus)
+
+    def roles(self) -> list[tuple[int, str, str]]:
+        """(id, text, role) of the target and each competitor."""
+        return [(t, self.names[t], "target" if i == 0 else "versus") for i, t in enumerate(self.readouts)]
+
+    def positions(self, given: Any) -> tuple[int, ...]:
+        """Positions from "target", "all", an index, indices, or the text of one token.
+
+        Raises:
+            PromptError: out of range, or a token text that is absent or ambiguous (the candidates
+                are listed).
+        """
+        if isinstance(given, str):
+            if given == "target":
+                return (self.position,)
+            if given == "all":
+                return tuple(range(len(self.ids)))
+            return (position_of(given, self.tokens),)
+        if isinstance(given, Iterable):
+            out = tuple(dict.fromkeys(p for one in given for p in self.positions(one)))
+            if not out:
+                raise PromptError(message("positions", "at least one position", given))
+            return out
+        n = len(self.ids)
+        do = "Count from the end with -1, or name a token by its text."
+        return (whole("positions", given, -n, n - 1, do=do, error=PromptError) % n,)
+
+
+def bind(prompt: Prompt, tokenizer: Any, model: Vocabulary) -> BoundPrompt:
+    """Tokenise a prompt for a model, or say why that is impossible.
+
+    Raises:
+        PromptError: a target or competitor is not one token of the vocabulary, two of them are
+            the same, the prompt is empty or longer than the context, or the position is unknown.
+    """
+    if not isinstance(prompt, Prompt):
+        raise PromptError(message("prompt", "a resid_surgery.Prompt", prompt))
+    ids = _prompt_ids(prompt, tokenizer, model)
+    target = token_id(prompt.target, tokenizer, model, "target")
+    versus = tuple(token_id(token, tokenizer, model, "versus") for token in prompt.versus)
+    if len({target, *versus}) != 1 + len(versus):
+        raise PromptError(
+            message("versus", "distinct tokens other than the target", list(prompt.versus), model=model.name)
+        )
+    tokens = tuple(token_text(i, tokenizer) for i in ids)
+    names = {i: token_text(i, tokenizer) for i in (target, *versus)}
+    bound = BoundPrompt(ids, tokens, 0, target, versus, names, prompt)
+    at = bound.positions(prompt.position)
+    if len(at) != 1:
+        raise PromptError(message("position", "one predicting position", prompt.position))
+    return BoundPrompt(ids, tokens, at[0], target, versus, names, prompt)
+
+
+def token_id(token: Any, tokenizer: Any, model: Vocabulary, name: str) -> int:
+    """The id of one token given as text or id.
+
+    Raises:
+        PromptError: the string is not one token (its pieces are listed), there is no tokenizer,
+            or the id is out of range.
+    """
+    if not isinstance(token, str):
+        return whole(name, token, 0, model.vocab_size - 1, model=model.name, error=PromptError)
+    if tokenizer is None:
+        raise PromptError(
+            f"`{name}` must be a token id for {model.name}, which was opened without a tokenizer; got {token!r}."
+        )
+    pieces = tokenizer.encode(token, add_special_tokens=False)
+    if len(pieces) == 1:
+        return int(pieces[0])
+    if not pieces:
+        raise PromptError(f"`{name}` must be one token of {model.name}; got {token!r}, which is no token at all.")
+    shown = ", ".join(f"{token_text(i, tokenizer)!r} (id {i})" for i in pieces)
+    first = token_text(pieces[0], tokenizer)
+    raise PromptError(
+        f"`{name}` must be one token of {model.name}; {token!r} is {len(pieces)}: {shown}. "
+        f"Study its first piece with {name}={first!r} or id {pieces[0]}, or choose a word that is one token."
+    )
+
+
+def token_text(token: int, tokenizer: Any) -> str:
+    """The text of one token; ``#17`` where there is no tokenizer."""
+    if tokenizer is None:
+        return f"#{token}"
+    return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+
+def position_of(text: str, tokens: Sequence[str]) -> int:
+    """The position of the one token whose text is `text` (a leading space may be left out).
+
+    Raises:
+        PromptError: no token, or several, have that text; the candidates are listed.
+    """
+    hits = [i for i, token in enumerate(tokens) if token == text]
+    hits = hits or [i for i, token in enumerate(tokens) if token.strip() == text.strip() != ""]
+    if len(hits) == 1:
+        return hits[0]
+    listed = ", ".join(f"{i}: {token!r}" for i, token in enumerate(tokens) if not hits or i in hits)
+    fault = "is ambiguous" if hits else "is not a token of the prompt"
+    raise PromptError(f"position {text!r} {fault}; candidates are {listed}. Give the index instead.")
+
+
+def _prompt_ids(prompt: Prompt, tokenizer: Any, model: Vocabulary) -> tuple[int, ...]:
+    if prompt.ids is not None:
+        ids = tuple(whole("ids", i, 0, model.vocab_size - 1, model=model.name, error=PromptError) for i in prompt.ids)
+    elif tokenizer is None:
+        raise PromptError(
+            f"{model.name} was opened without a tokenizer, so text cannot be used. "
+            "Pass Prompt(ids=[...]), or open the model with tokenizer=."
+        )
+    else:
+        ids = tuple(int(i) for i in tokenizer.encode(prompt.text))
+        over = [i for i in ids if i >= model.vocab_size]
+        if over:
+            raise PromptError(
+                f"the tokenizer gives id {over[0]} but {model.name} has {model.vocab_size} tokens: "
+                "it does not belong to this model."
+            )
+    if not ids:
+        raise PromptError(f"the prompt must have at least one token for {model.name}; got {prompt.text!r}.")
+    if model.context is not None and len(ids) > model.context:
+        raise PromptError(f"the prompt has {len(ids)} tokens but {model.name} reads at most {model.context}.")
+    return ids
+
+
+def _as_ids(given: Any) -> tuple[int, ...]:
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise PromptError(message("ids", "a sequence of token ids", given))
+    ids = tuple(whole("ids", i, 0, error=PromptError) for i in given)
+    if not ids:
+        raise PromptError(message("ids", "at least one token id", list(ids)))
+    return ids

@@ -1,0 +1,262 @@
+"""Sites: frozen addresses of what writes into, or flows along, the residual stream.
+
+A site is a plain value. ``str(site)`` gives its text form and `parse_site` reads it back.
+
+===================  ==========================================  =====================
+site                 what it is (paper's term)                   text
+===================  ==========================================  =====================
+`Neuron`             MLP neuron (FFN subvalue)                   ``L20.N1297``
+`Head`               attention head's whole output               ``L12.H4``
+`HeadSource`         joint vector alpha[t,j] v[j] W_O            ``L12.H4<3``
+                     (attention subvalue)
+`AttnNeuron`         one d_head coordinate (attention neuron)    ``L3.H4.D7``, ``L3.H4.D7<3``
+`Sublayer`           what a sublayer adds (ATTN / FFN)           ``L12.attn``, ``L12.mlp``
+`Resid`              a state of the stream (L_in/L_res/L_out)    ``L3.resid_pre|mid|post``
+`Bias`               a sublayer's output bias                    ``L3.attn.bias``
+`Constant`           an addend without a layer                   ``embed``, ``final_norm.bias``,
+                                                                 ``unembed.bias``, ``rounding``
+===================  ==========================================  =====================
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, Protocol, final
+
+from resid_surgery._check import choice, message, whole
+from resid_surgery.errors import SiteError
+
+CONSTANTS = ("embed", "final_norm.bias", "unembed.bias", "rounding")
+
+
+class Sizes(Protocol):
+    """What a site needs to know of a model to be checked against it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def d_head(self) -> int: ...
+    @property
+    def d_mlp(self) -> int: ...
+    @property
+    def parallel(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Site:
+    """Base of all sites; use one of the final classes or `parse_site`."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("part", "stage", "name") or (field.name == "source" and value is None):
+                continue
+            low = -(10**9) if field.name == "layer" else 0
+            object.__setattr__(self, field.name, whole(field.name, value, low, error=SiteError))
+
+    def resolve(self, sizes: Sizes) -> "Site":
+        """The same site with a non-negative layer, checked against a model's sizes.
+
+        Raises:
+            SiteError: an index is out of range for the model, or the state does not exist in it.
+        """
+        layer = _in_range("layer", getattr(self, "layer", 0), sizes.n_layers, sizes, "layers")
+        for name, size, unit in self._limits(sizes):
+            _in_range(name, getattr(self, name), size, sizes, unit)
+        return replace(self, **{"layer": layer}) if hasattr(self, "layer") else self
+
+    def _limits(self, sizes: Sizes) -> list[tuple[str, int, str]]:
+        return []
+
+
+@final
+@dataclass(frozen=True)
+class Neuron(Site):
+    """One MLP neuron (paper: FFN subvalue): coefficient x value vector."""
+
+    layer: int
+    index: int
+
+    def __str__(self) -> str:
+        return f"L{self.layer}.N{self.index}"
+
+    def _limits(self, sizes: Sizes) -> list[tuple[str, int, str]]:
+        return [("index", sizes.d_mlp, "neurons a layer")]
+
+
+@final
+@dataclass(frozen=True)
+class Head(Site):
+    """One attention head's output, summed over source positions."""
+
+    layer: int
+    head: int
+
+    def __str__(self) -> str:
+        return f"L{self.layer}.H{self.head}"
+
+    def _limits(self, sizes: Sizes) -> list[tuple[str, int, str]]:
+        return [("head", sizes.n_heads, "heads a layer")]
+
+
+@final
+@dataclass(frozen=True)
+class HeadSource(Site):
+    """One (head, source position) pair (paper: attention subvalue): alpha[t,j] v[j] W_O."""
+
+    layer: int
+    head: int
+    source: int
+
+    def __str__(self) -> str:
+        return f"L{self.layer}.H{self.head}<{self.source}"
+
+    def _limits(self, sizes: Sizes) -> list[tuple[str, int, str]]:
+        return [("head", sizes.n_heads, "heads a layer")]
+
+
+@final
+@dataclass(frozen=True)
+class AttnNeuron(Site):
+    """One d_head coordinate of a head (paper: attention neuron), optionally from one source."""
+
+    layer: int
+    head: int
+    index: int
+    source: int | None = None
+
+    def __str__(self) -> str:
+        tail = "" if self.source is None else f"<{self.source}"
+        return f"L{self.layer}.H{self.head}.D{self.index}{tail}"
+
+    def _limits(self, sizes: Sizes) -> list[tuple[str, int, str]]:
+        return [("head", sizes.n_heads, "heads a layer"), ("index", sizes.d_head, "coordinates a head")]
+
+
+@final
+@dataclass(frozen=True)
+class Sublayer(Site):
+    """What one sublayer adds to the stream (paper: ATTN or FFN output)."""
+
+    layer: int
+    part: Literal["attn", "mlp"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice("part", self.part, ("attn", "mlp"), error=SiteError)
+
+    def __str__(self) -> str:
+        return f"L{self.layer}.{self.part}"
+
+
+@final
+@dataclass(frozen=True)
+class Resid(Site):
+    """A state of the residual stream: before, between or after a block's sublayers."""
+
+    layer: int
+    stage: Literal["pre", "mid", "post"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice("stage", self.stage, ("pre", "mid", "post"), error=SiteError)
+
+    def __str__(self) -> str:
+        return f"L{self.layer}.resid_{self.stage}"
+
+    def resolve(self, sizes: Sizes) -> "Site":
+        if self.stage == "mid" and sizes.parallel:
+            raise SiteError(
+                f"`{self}` does not exist for {sizes.name}: its blocks are parallel (attention and MLP read the "
+                "same state), so there is no state between them. Use resid_pre or resid_post."
+            )
+        return super().resolve(sizes)
+
+
+@final
+@dataclass(frozen=True)
+class Bias(Site):
+    """The output bias of a sublayer, an addend of its own."""
+
+    layer: int
+    part: Literal["attn", "mlp"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice("part", self.part, ("attn", "mlp"), error=SiteError)
+
+    def __str__(self) -> str:
+        return f"L{self.layer}.{self.part}.bias"
+
+
+@final
+@dataclass(frozen=True)
+class Constant(Site):
+    """An addend without a layer: the embedding, a readout constant, or the rounding row."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        choice("name", self.name, CONSTANTS, error=SiteError)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_PATTERNS: tuple[tuple[re.Pattern[str], Callable[..., Site]], ...] = (
+    (re.compile(r"L(-?\d+)\.N(\d+)"), lambda a, b: Neuron(int(a), int(b))),
+    (re.compile(r"L(-?\d+)\.H(\d+)"), lambda a, b: Head(int(a), int(b))),
+    (re.compile(r"L(-?\d+)\.H(\d+)<(\d+)"), lambda a, b, c: HeadSource(int(a), int(b), int(c))),
+    (re.compile(r"L(-?\d+)\.H(\d+)\.D(\d+)"), lambda a, b, c: AttnNeuron(int(a), int(b), int(c))),
+    (re.compile(r"L(-?\d+)\.H(\d+)\.D(\d+)<(\d+)"), lambda a, b, c, d: AttnNeuron(int(a), int(b), int(c), int(d))),
+    (re.compile(r"L(-?\d+)\.(attn|mlp)"), lambda a, b: Sublayer(int(a), b)),
+    (re.compile(r"L(-?\d+)\.resid_(pre|mid|post)"), lambda a, b: Resid(int(a), b)),
+    (re.compile(r"L(-?\d+)\.(attn|mlp)\.bias"), lambda a, b: Bias(int(a), b)),
+)
+
+
+def parse_site(text: str) -> Site:
+    """The site that `text` names; the inverse of ``str``.
+
+    Raises:
+        SiteError: the text is not a site.
+
+    Example:
+        >>> parse_site("L12.H4<3")
+        HeadSource(layer=12, head=4, source=3)
+        >>> str(parse_site("L20.N1297"))
+        'L20.N1297'
+    """
+    if isinstance(text, str):
+        if text in CONSTANTS:
+            return Constant(text)
+        for pattern, build in _PATTERNS:
+            if found := pattern.fullmatch(text):
+                return build(*found.groups())
+    raise SiteError(
+        message("site", "a site such as L20.N1297, L12.H4, L12.H4<3, L3.H4.D7, L12.mlp or L3.resid_pre", text)
+    )
+
+
+def as_sites(given: Any) -> tuple[Site, ...]:
+    """One site, its text, or an iterable of either, as a non-empty tuple of sites."""
+    if isinstance(given, (Site, str)):
+        given = (given,)
+    if not isinstance(given, Iterable):
+        raise SiteError(message("sites", "a site, its text, or a sequence of them", given))
+    sites = tuple(one if isinstance(one, Site) else parse_site(one) for one in given)
+    if not sites:
+        raise SiteError(message("sites", "at least one site", list(sites)))
+    return sites
+
+
+def _in_range(name: str, value: int, size: int, sizes: Sizes, unit: str) -> int:
+    low = -size if name == "layer" else 0
+    if not low <= value < size:
+        hint = " Count from the end with layer=-1." if name == "layer" else ""
+        raise SiteError(f"`{name}` must be in 0..{size - 1} for {sizes.name} ({size} {unit}); got {value}.{hint}")
+    return value % size

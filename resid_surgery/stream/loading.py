@@ -1,0 +1,47 @@
+"""`load`: open a model and prove on one forward that its stream is a ledger, or refuse it."""
+
+from typing import Any
+
+from resid_surgery.models.opening import OpenedModel, open_model
+from resid_surgery.models.tracing import unwrap
+from resid_surgery.stream.closing import prove
+
+
+def load(
+    model: Any,
+    *,
+    tokenizer: Any = None,
+    dtype: Any = None,
+    device: Any = None,
+    trust_remote_code: bool = False,
+) -> OpenedModel:
+    """Open a causal language model and prove the ledger's identities on it with one forward.
+
+    Args:
+        model: the alias ``"smollm2-135m"`` (embedded: SmolLM2-135M-Instruct, de-quantised from a
+            4-bit GGUF), a hub id, a local folder, a ``.gguf`` file, a Hugging Face model object,
+            or an nnsight model. Objects are never changed.
+        tokenizer: for model objects; without one, prompts are given by ids.
+        dtype: "float64", "float32", "bfloat16", "float16" or a torch dtype; the checkpoint's own
+            by default. device: "cpu", "cuda", ... Both are for names and files only.
+        trust_remote_code: run code that comes with a checkpoint; off unless asked for.
+
+    Returns:
+        An `OpenedModel` with ``.module`` (untouched), ``.tokenizer`` and ``.anatomy``.
+
+    Raises:
+        LoadError: not found, damaged, pickle-only, or not a causal language model.
+        UnsupportedModelError: an architecture whose stream is not a sum of addends.
+        ClosureError: an identity fails; it, the layer and the error are named.
+        ArgumentError: an argument has the wrong type.
+    """
+    module, own_tokenizer = unwrap(model)
+    opened = open_model(
+        module,
+        tokenizer=tokenizer if tokenizer is not None else own_tokenizer,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    prove(opened)
+    return opened

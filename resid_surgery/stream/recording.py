@@ -1,0 +1,257 @@
+"""Recording: one traced forward of one prompt, as plain detached tensors.
+
+A recording keeps, in the model's own dtype, everything that the stream at the predicting position t
+is made of: the addends of every layer, pre-activations and coefficients, the attention row of t,
+its query, and keys and values of all positions. ``positions="all"`` adds the addends of the stream
+at every other position.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from resid_surgery._check import choice, message
+from resid_surgery.errors import ArgumentError, StaleRecordingError
+from resid_surgery.models.opening import OpenedModel
+from resid_surgery.models.prompts import BoundPrompt, Prompt, bind
+from resid_surgery.models.tracing import AttentionCall, Tap, TapName, Values, forward
+
+
+@final
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LayerRecord:
+    """One block at the predicting position t, in the model's dtype.
+
+    Attributes:
+        resid_pre: (d_model,) the block's input (paper: L_in).
+        attn_out, mlp_out: (d_model,) what is added (paper: ATTN, FFN), after any post-norm.
+        attn_raw, mlp_raw: (d_model,) what W_O and the down-projection write; equal to the former
+            where there is no post-norm.
+        pre_activations: one (d_mlp,) per key. coefficient: (d_mlp,) (paper: coefficient score m).
+        query: (head, d_head). key, value: (kv_head, source, d_head).
+        z: (head, d_head) the heads' outputs before W_O.
+        alpha: (head, source) effective attention weights of t, in float32 or better.
+    """
+
+    resid_pre: Float[Tensor, " d_model"]
+    attn_out: Float[Tensor, " d_model"]
+    attn_raw: Float[Tensor, " d_model"]
+    mlp_out: Float[Tensor, " d_model"]
+    mlp_raw: Float[Tensor, " d_model"]
+    pre_activations: tuple[Float[Tensor, " d_mlp"], ...]
+    coefficient: Float[Tensor, " d_mlp"]
+    query: Float[Tensor, "head d_head"]
+    key: Float[Tensor, "kv source d_head"]
+    value: Float[Tensor, "kv source d_head"]
+    z: Float[Tensor, "head d_head"]
+    alpha: Float[Tensor, "head source"]
+
+
+@final
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StreamRecord:
+    """The stream's addends at every position: each (layer, position, d_model)."""
+
+    resid_pre: Float[Tensor, "layer position d_model"]
+    attn_out: Float[Tensor, "layer position d_model"]
+    mlp_out: Float[Tensor, "layer position d_model"]
+
+
+@final
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Recording:
+    """One pass of one prompt, detached; made by `resid_surgery.record`.
+
+    Attributes:
+        model: the opened model. prompt: the tokens used, target, competitors, position.
+        fingerprint: of the weights that it was made with.
+        layers: one `LayerRecord` a block, at the predicting position t.
+        resid_final: (d_model,) the stream after the last block.
+        bs_values: (vocabulary,) logits before a final soft-cap. logits: the model's own.
+        stream: the addends at all positions, if recorded with ``positions="all"``.
+    """
+
+    model: OpenedModel
+    prompt: BoundPrompt
+    fingerprint: str
+    layers: tuple[LayerRecord, ...]
+    resid_final: Float[Tensor, " d_model"]
+    bs_values: Float[Tensor, " vocabulary"]
+    logits: Float[Tensor, " vocabulary"]
+    stream: StreamRecord | None = None
+    checked: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __repr__(self) -> str:
+        p = self.prompt
+        return (
+            f"Recording({self.model.name}: {len(p.ids)} tokens {list(p.tokens)}, position {p.position}, "
+            f"target {p.names[p.target]!r}, versus {[p.names[i] for i in p.versus]})"
+        )
+
+    @property
+    def n_positions(self) -> int:
+        """Number of prompt tokens."""
+        return len(self.prompt.ids)
+
+    @property
+    def embed(self) -> Float[Tensor, " d_model"]:
+        """The embedding addend: the first block's input."""
+        return self.layers[0].resid_pre
+
+    def work(self, tensor: Tensor) -> Tensor:
+        """A tensor in the dtype and on the device that the readout is computed with."""
+        return tensor.to(self.model.device, self.model.work_dtype)
+
+    def resid_mid(self, layer: int) -> Float[Tensor, " d_model"]:
+        """What the MLP of `layer` reads: resid_pre + attn_out, or resid_pre in a parallel block."""
+        record = self.layers[layer]
+        pre = self.work(record.resid_pre)
+        return pre if self.model.anatomy.parallel else pre + self.work(record.attn_out)
+
+    def require_fresh(self) -> None:
+        """Refuse to be used on weights other than those that it was made with.
+
+        Raises:
+            StaleRecordingError: the model's weights changed since.
+        """
+        now = self.model.fingerprint()
+        if now != self.fingerprint:
+            raise StaleRecordingError(
+                f"this recording of {self.model.name} was made with weights {self.fingerprint[:12]}, but the model now "
+                f"has {now[:12]}: its weights changed since. Record the prompt again."
+            )
+
+
+def record(
+    model: OpenedModel, prompt: Prompt, *, positions: Literal["target", "all"] = "target"
+) -> Recording:
+    """Record one forward of a prompt (paper: the residual stream and all of its vectors).
+
+    Args:
+        model: from `resid_surgery.load`.
+        prompt: a `Prompt`; bound to the model's tokenizer here.
+        positions: "target" keeps every addend at the predicting position, and keys and values of
+            all; "all" adds the stream's addends at every position.
+
+    Returns:
+        A `Recording` of detached tensors with no ties to the forward.
+
+    Raises:
+        PromptError: the prompt cannot be used. ArgumentError: unknown `positions`.
+
+    Source: Yu & Ananiadou, arXiv 2312.12141, section 3 (residual stream as a sum of vectors).
+    """
+    need_model(model)
+    choice("positions", positions, ("target", "all"))
+    bound = bind(prompt, model.tokenizer, model)
+    fingerprint = model.known_fingerprint()
+    ids = torch.tensor([bound.ids], device=model.shadow.get_input_embeddings().weight.device)  # type: ignore[operator]
+    every = positions == "all"
+    everywhere = [Tap(name, i) for i in range(model.anatomy.n_layers) for name in _STREAM] if every else []
+    values = forward(model, ids, record_taps(model), at=bound.position, everywhere=everywhere)
+    return from_values(model, bound, values, fingerprint, every=every)
+
+
+def record_taps(model: OpenedModel) -> list[Tap]:
+    """The taps that a recording reads."""
+    a = model.anatomy
+    names: list[TapName] = ["block_in", "attn_call", "attn_z", "attn_add", "key0", "coef", "mlp_add"]
+    if a.gated:
+        names.append("key1")
+    if model.has("attn_post_norm"):
+        names.append("attn_raw")
+    if model.has("mlp_post_norm"):
+        names.append("mlp_raw")
+    taps = [Tap(name, layer) for layer in range(a.n_layers) for name in names]
+    return [*taps, Tap("block_out", a.n_layers - 1), Tap("bs"), Tap("logits")]
+
+
+def from_values(
+    model: OpenedModel, bound: BoundPrompt, values: Values, fingerprint: str, *, every: bool, row: int = 0
+) -> Recording:
+    """A recording of one row of a traced forward."""
+    a, t = model.anatomy, bound.position
+
+    def at(name: TapName, layer: int) -> Tensor:
+        value = values[Tap(name, layer)][row]
+        return value[t if every and name in _STREAM else 0].clone()  # type: ignore[no-any-return]
+
+    layers = []
+    for layer in range(a.n_layers):
+        call: AttentionCall = values[Tap("attn_call", layer)]
+        attn_out, mlp_out = at("attn_add", layer), at("mlp_add", layer)
+        layers.append(
+            LayerRecord(
+                resid_pre=at("block_in", layer),
+                attn_out=attn_out,
+                attn_raw=at("attn_raw", layer) if model.has("attn_post_norm") else attn_out,
+                mlp_out=mlp_out,
+                mlp_raw=at("mlp_raw", layer) if model.has("mlp_post_norm") else mlp_out,
+                pre_activations=tuple(at(k, layer) for k in ("key0", "key1")[: len(a.key_names)]),  # type: ignore[arg-type]
+                coefficient=at("coef", layer),
+                query=call.query[row, :, t - call.first],
+                key=call.key[row],
+                value=call.value[row],
+                z=at("attn_z", layer).view(a.n_heads, -1),
+                alpha=attention_row(call, row, t),
+            )
+        )
+    stream = None
+    if every:
+        stack = {n: torch.stack([values[Tap(n, i)][row] for i in range(a.n_layers)]) for n in _STREAM}
+        stream = StreamRecord(resid_pre=stack["block_in"], attn_out=stack["attn_add"], mlp_out=stack["mlp_add"])
+    return Recording(
+        model=model,
+        prompt=bound,
+        fingerprint=fingerprint,
+        layers=tuple(layers),
+        resid_final=at("block_out", a.n_layers - 1),
+        bs_values=values[Tap("bs")][row, 0],
+        logits=values[Tap("logits")][row, 0],
+        stream=stream,
+    )
+
+
+_STREAM: tuple[TapName, ...] = ("block_in", "attn_add", "mlp_add")
+
+
+def attention_row(call: AttentionCall, row: int, t: int) -> Float[Tensor, "head source"]:
+    """Effective attention weights of position t, recomputed from the attention call's inputs.
+
+    alpha[h, j] = softmax_j(cap(q[h,t] . k[h,j] * scaling) + mask[t,j]); works whatever attention
+    implementation the model runs, so the slow one is never forced on it.
+    """
+    query, keys = call.query[row, :, t - call.first], call.key[row]
+    work = torch.float64 if query.dtype == torch.float64 else torch.float32
+    q, k = query.to(work), repeat_kv(keys.to(work), query.shape[0])
+    scores = torch.einsum("hd,hjd->hj", q, k) * call.scaling
+    if call.softcap is not None:
+        scores = torch.tanh(scores / call.softcap) * call.softcap
+    if call.mask is None:
+        seen = torch.arange(scores.shape[1], device=scores.device) <= t
+        scores = scores.masked_fill(~seen, -torch.inf)
+    else:
+        mask = call.mask[min(row, call.mask.shape[0] - 1), :, t - call.first, : scores.shape[1]]
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(work)
+    return torch.softmax(scores, -1)
+
+
+def repeat_kv(kv: Float[Tensor, "kv *rest"], n_heads: int) -> Float[Tensor, "head *rest"]:
+    """Grouped keys or values repeated so that head h has its own: head h uses group h // (H / KV)."""
+    return kv if kv.shape[0] == n_heads else kv.repeat_interleave(n_heads // kv.shape[0], dim=0)
+
+
+def need_model(model: Any) -> None:
+    """Refuse anything but an opened model, with the way to get one."""
+    if not isinstance(model, OpenedModel):
+        raise ArgumentError(message("model", "a model from resid_surgery.load", model, do="Call rs.load(...) first."))
+
+
+def need_recording(rec: Any) -> None:
+    """Refuse anything but a fresh recording."""
+    if not isinstance(rec, Recording):
+        raise ArgumentError(message("rec", "a recording from resid_surgery.record", rec))
+    rec.require_fresh()

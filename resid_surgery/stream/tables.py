@@ -1,0 +1,155 @@
+"""The stream as tables: `decompose`, `lens`, `spectrum`.
+
+Tables are tidy DataFrames. Every row says its convention: the norm ("frozen" or "own"), the
+position, and the soft-cap, which bs-values stand before.
+"""
+
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from resid_surgery._check import choice, whole
+from resid_surgery.sites import as_sites
+from resid_surgery.stream.recording import Recording, need_recording
+from resid_surgery.stream.subvalues import GRAINS, Block, addends, resolve_in, vector_of
+from resid_surgery.stream.vocabulary import Readout, token_names
+
+
+def decompose(rec: Recording, *, grain: str = "layer") -> pd.DataFrame:
+    """The ledger: one row per addend of the stream at t, with its bs-values (paper: bs-values).
+
+    bs(v)[w] = W_U[w] . gamma * centre(v) / s with s frozen at the final stream, so that all rows,
+    constants included, sum to the model's own logits before a soft-cap.
+
+    Args:
+        rec: a recording.
+        grain: "layer" (embedding, one attention and one MLP output a layer: 33 addends for 16
+            layers), "head", "head_source", "neuron", or "subvalue" (head_source and neuron).
+
+    Returns:
+        Columns: site, kind, layer, bs_target and ``bs_versus_1..`` (logits; one per competitor,
+        in the prompt's order), bs_target_centred (the same minus its mean over the vocabulary: a
+        shift common to all tokens changes no probability), norm, position, before_cap,
+        closure (|sum of the column bs_target - the model's value|, logits; the same in all rows).
+        `.attrs["tokens"]` names the token of each bs column.
+
+    Raises:
+        ArgumentError: unknown grain, or not a recording. StaleRecordingError: weights changed.
+
+    Source: Yu & Ananiadou, arXiv 2312.12141, section 3.
+    """
+    choice("grain", grain, GRAINS)
+    need_recording(rec)
+    readout, readouts = Readout.of(rec), rec.prompt.readouts
+    mean = readout.norm.pull(readout.mix(torch.ones(1, rec.model.vocab_size).to(readout.s)), readout.s)
+    directions = torch.cat([readout.directions(readouts), mean / rec.model.vocab_size])
+    frames = [_ledger_rows(block, block.project(directions)) for block in addends(rec, grain)]
+    for name, values in readout.named_constants().items():
+        frames.append(_frame([name], "constant", None, torch.cat([values[list(readouts)], values.mean()[None]])[:, None]))
+    table = pd.concat(frames, ignore_index=True)
+    table.columns = pd.Index(["site", "kind", "layer", *bs_columns(rec), "bs_target_centred"])
+    table["bs_target_centred"] = table["bs_target"] - table["bs_target_centred"]
+    table["layer"] = table["layer"].astype("Int64")
+    table["norm"], table["position"], table["before_cap"] = "frozen", rec.prompt.position, True
+    table["closure"] = abs(float(table["bs_target"].sum()) - float(rec.bs_values[rec.prompt.target]))
+    table.attrs["tokens"] = dict(zip(bs_columns(rec), (rec.prompt.names[i] for i in readouts), strict=True))
+    return table
+
+
+def bs_columns(rec: Recording) -> list[str]:
+    """Names of the bs-value columns: the target, then the competitors in the prompt's order."""
+    return ["bs_target", *(f"bs_versus_{i + 1}" for i in range(len(rec.prompt.versus)))]
+
+
+def lens(rec: Recording, *, top: int = 5) -> pd.DataFrame:
+    """Logit lens: what each state of the stream would predict, read with its *own* norm.
+
+    Args:
+        rec: a recording. top: how many tokens a state, >= 1.
+
+    Returns:
+        Columns: site, layer, rank (1 is the most probable; the target's row is always there),
+        token, token_id, role ("top", "target" or "versus"), prob, log_prob (nats), norm ("own"),
+        position.
+
+    Raises:
+        ArgumentError: `top` out of range. StaleRecordingError: weights changed.
+
+    Source: nostalgebraist 2020 (logit lens); compare bs-values in `decompose`.
+    """
+    need_recording(rec)
+    whole("top", top, 1, rec.model.vocab_size, model=rec.model.name)
+    names, states = stream_states(rec)
+    readout, rows = Readout.of(rec), []
+    for name, layer, state in zip(names, _layers_of(names), states, strict=True):
+        log_p = readout.lens(state[None])[0]
+        wanted = {int(i): "top" for i in log_p.topk(top).indices}
+        for token, _, role in rec.prompt.roles():
+            wanted[token] = role
+        for token, role in wanted.items():
+            rank = 1 + int((log_p > log_p[token]).sum())
+            value = float(log_p[token])
+            rows.append((name, layer, rank, token, role, float(log_p[token].exp()), value))
+    table = pd.DataFrame(rows, columns=["site", "layer", "rank", "token_id", "role", "prob", "log_prob"])
+    table.insert(3, "token", token_names(rec.model, table["token_id"].tolist()))
+    table["norm"], table["position"] = "own", rec.prompt.position
+    return table.sort_values(["layer", "site", "rank"], kind="stable", ignore_index=True)
+
+
+def stream_states(rec: Recording) -> tuple[list[str], list[Tensor]]:
+    """Names and vectors of the stream's states in forward order."""
+    names, states = [], []
+    for layer in range(rec.model.anatomy.n_layers):
+        names.append(f"L{layer}.resid_pre")
+        states.append(rec.work(rec.layers[layer].resid_pre))
+        if not rec.model.anatomy.parallel:
+            names.append(f"L{layer}.resid_mid")
+            states.append(rec.resid_mid(layer))
+    last = rec.model.anatomy.n_layers - 1
+    return [*names, f"L{last}.resid_post"], [*states, rec.work(rec.resid_final)]
+
+
+def spectrum(rec: Recording, site: Any, *, top: int = 10) -> pd.DataFrame:
+    """The tokens that one addend promotes and suppresses (its bs-values, sign included).
+
+    Args:
+        rec: a recording. site: an addend's site or its text. top: how many tokens a side.
+
+    Returns:
+        Columns: site, side ("promotes" / "suppresses"), rank, token, token_id, bs_value (logits),
+        bs_centred (minus its vocabulary mean), norm, position.
+
+    Raises:
+        SiteError: the site does not exist, or is a state rather than an addend.
+
+    Source: Geva et al. 2022 (sub-updates promote concepts); Yu & Ananiadou, section 3.
+    """
+    need_recording(rec)
+    whole("top", top, 1, rec.model.vocab_size // 2, model=rec.model.name)
+    one = resolve_in(rec, as_sites(site)[0])
+    bs = Readout.of(rec).bs(vector_of(rec, one)[None])[0]
+    mean, frames = float(bs.mean()), []
+    for side, found in (("promotes", bs.topk(top)), ("suppresses", (-bs).topk(top))):
+        ids = [int(i) for i in found.indices]
+        values = bs[ids].tolist()
+        rows = {"site": str(one), "side": side, "rank": range(1, top + 1), "token": token_names(rec.model, ids)}
+        rows |= {"token_id": ids, "bs_value": values, "bs_centred": [v - mean for v in values]}
+        frames.append(pd.DataFrame(rows))
+    table = pd.concat(frames, ignore_index=True)
+    table["norm"], table["position"] = "frozen", rec.prompt.position
+    return table
+
+
+def _ledger_rows(block: Block, bs: Tensor) -> pd.DataFrame:
+    return _frame([str(block.site(i)) for i in range(block.count)], block.kind, block.layer, bs)
+
+
+def _frame(sites: list[str], kind: str, layer: int | None, bs: Tensor) -> pd.DataFrame:
+    columns: dict[str, Any] = {"site": sites, "kind": kind, "layer": pd.array([layer] * len(sites), dtype="Int64")}
+    return pd.DataFrame(columns | {f"bs{i}": row.double().cpu().numpy() for i, row in enumerate(bs)})
+
+
+def _layers_of(names: list[str]) -> list[int]:
+    return [int(name[1:].split(".")[0]) for name in names]
