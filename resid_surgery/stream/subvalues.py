@@ -52,6 +52,10 @@ class PostMap:
             return v
         return self.norm.linear(v, self.s)
 
+    def unscaled(self, v: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
+        """`push` times s: the part that depends on no recording."""
+        return v if self.norm is None else self.norm.centre(v) * self.norm.gain
+
     def pull(self, g: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
         """The transpose of `push`."""
         if self.norm is None or self.s is None:
@@ -76,6 +80,7 @@ class Block:
         project: (m, d_model) directions -> (m, count) dot products with every addend.
         vectors: (n,) member indices -> (n, d_model) their vectors.
         site: member index -> its site.
+        squares: a linear map f (see `Square`) -> (count,) squared length of f(v).
         zero: (count,) True where the addend is exactly zero, if cheap to know.
     """
 
@@ -85,6 +90,7 @@ class Block:
     project: Callable[[Float[Tensor, "m d_model"]], Float[Tensor, "m count"]]
     vectors: Callable[[Int[Tensor, " n"]], Float[Tensor, "n d_model"]]
     site: Callable[[int], Site]
+    squares: Callable[["Square"], Float[Tensor, " count"]]
     zero: Tensor | None = None
 
     def all_vectors(self) -> Float[Tensor, "count d_model"]:
@@ -92,10 +98,39 @@ class Block:
         return self.vectors(torch.arange(self.count))
 
 
+@final
+@dataclass(frozen=True, eq=False)
+class Square:
+    """The linear map f(v) = gain * centre(v) (gain 1 if not `gained`) of a norm, whose squared
+    lengths bounds need. Those of weight rows depend on no recording and are kept per model."""
+
+    norm: Norm
+    gained: bool
+
+    def apply(self, v: Tensor) -> Tensor:
+        """f(v)."""
+        centred = self.norm.centre(v)
+        return centred * self.norm.gain if self.gained else centred
+
+    def of_rows(self, rec: Recording, layer: int, part: str, post: "PostMap") -> Tensor:
+        """(row,) squared lengths of f(push(row)) for the rows of W_O or the down-projection."""
+        key = (rec.fingerprint, layer, part, self.gained)
+        kept = rec.model.cache.setdefault("row_squares", {})
+        if key not in kept:
+            kept[key] = self.apply(post.unscaled(rec.work(rec.model.rows(layer, part).rows))).square().sum(-1)
+        return kept[key] if post.s is None else kept[key] / post.s.square()  # type: ignore[no-any-return]
+
+
 def stored(kind: str, layer: int | None, vectors: Tensor, sites: Sequence[Site]) -> Block:
     """A block of given vectors (count, d_model)."""
     return Block(
-        kind, layer, len(sites), lambda g: g @ vectors.T, lambda i: vectors[i.to(vectors.device)], lambda i: sites[i]
+        kind,
+        layer,
+        len(sites),
+        project=lambda g: g @ vectors.T,
+        vectors=lambda i: vectors[i.to(vectors.device)],
+        site=lambda i: sites[i],
+        squares=lambda f: f.apply(vectors).square().sum(-1),
     )
 
 
@@ -111,6 +146,7 @@ def neuron_block(rec: Recording, layer: int) -> Block:
         lambda g: (post.pull(g) @ rec.work(rows).T) * coefficient,
         lambda i: post.push(rec.work(rows[i.to(rows.device)]) * coefficient[i.to(coefficient.device), None]),
         lambda i: Neuron(layer, i),
+        lambda f: f.of_rows(rec, layer, "mlp_out", post) * coefficient.square(),
         zero=coefficient == 0,
     )
 
@@ -126,6 +162,7 @@ def attn_neuron_block(rec: Recording, layer: int) -> Block:
         lambda g: (post.pull(g) @ rec.work(rows).T) * z,
         lambda i: post.push(rec.work(rows[i.to(rows.device)]) * z[i.to(z.device), None]),
         lambda i: AttnNeuron(layer, i // d_head, i % d_head),
+        lambda f: f.of_rows(rec, layer, "attn_out", post) * z.square(),
         zero=z == 0,
     )
 
@@ -168,7 +205,12 @@ def _through_w_o(rec: Recording, layer: int, kind: str, parts: Tensor, site: Cal
         h, j = i // per_head, i % per_head
         return post.push(torch.einsum("na,nad->nd", parts[h, j], w_o[h]))
 
-    return Block(kind, layer, parts.shape[0] * per_head, project, vectors, site)
+    def squares(f: Square) -> Tensor:
+        mapped = f.apply(post.push(w_o))
+        gram = torch.einsum("had,hbd->hab", mapped, mapped)
+        return torch.einsum("hja,hab,hjb->hj", parts, gram, parts).clamp_min(0).reshape(-1)
+
+    return Block(kind, layer, parts.shape[0] * per_head, project, vectors, site, squares)
 
 
 def post_map(rec: Recording, layer: int, part: str) -> PostMap:

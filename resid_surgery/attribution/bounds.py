@@ -1,0 +1,103 @@
+"""Certificates: an upper bound of C(v, x) for every candidate at O(d_model) each.
+
+With D = bs(x + v) - bs(x), e = N(x + v) - N(x) (so D_i = W_U[i] . e), p = softmax(bs(x)):
+
+1. Jensen, no soft-cap:  C = D_w - log sum_i p_i exp(D_i) <= D_w - sum_i p_i D_i = g . e,
+   with g = W_U[w] - sum_i p_i W_U[i], two vocabulary products for each distinct x.
+2. Under a final soft-cap that line is invalid. With D' the capped difference, Jensen gives
+   C <= D'_w - sum_i p_i D'_i, and since |cap''| <= M = 4 / (3 sqrt(3) c),
+   D'_i >= cap'(b_i) D_i - (M / 2) D_i^2. So
+   C <= D'_w - sum_i p_i cap'(b_i) D_i + (M / 2) sum_i p_i |W_U[i]|^2 |e|^2
+   (Cauchy-Schwarz in place of the quadratic form e^T G e: O(d_model) again, looser, still valid).
+3. A rounding slack is added, so that the bound also holds for scores computed in floating point.
+
+Both hold for the frozen and for the own norm; under the own norm |e| and g . e follow from the dot
+products x . v, g . v and |v|^2.
+"""
+
+import math
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from resid_surgery.attribution.scores import States
+from resid_surgery.stream.recording import Recording
+from resid_surgery.stream.subvalues import Block, Square
+from resid_surgery.stream.vocabulary import Readout
+
+
+@final
+class UpperBounds:
+    """Upper bounds of C for blocks of candidates, given their states."""
+
+    def __init__(self, rec: Recording, states: States) -> None:
+        self.states = states
+        self.readout = states.readout
+        self.rec = rec
+        self.cap = rec.model.anatomy.logit_cap
+        self.row_norms = unembedding_row_norms(rec, self.readout)
+        p = states.log_p.exp()
+        w = self.readout.rows([states.token])
+        if self.cap is None:
+            self.g = w - self.readout.mix(p)
+        else:
+            slope = 1 - torch.tanh(states.bs / self.cap).square()
+            self.g = self.readout.mix(p * slope)
+            self.curve = (p @ self.row_norms.square()) * (2 / (3 * math.sqrt(3) * self.cap))
+            self.w = w
+        eps = torch.finfo(p.dtype).eps
+        self.per_length = 8 * eps * math.sqrt(rec.model.anatomy.d_model) * float(self.row_norms.max())
+        self.flat = 8 * eps * (1 + math.log(rec.model.vocab_size))
+
+    def of(self, block: Block, state: int) -> Float[Tensor, " count"]:
+        """Upper bounds (nats), rounding slack included; exactly 0 where the addend is zero."""
+        directions = self.g[state][None] if self.cap is None else torch.stack([self.g[state], self.w[0]])
+        dots, length, rounding = self._moved(block, state, directions)
+        slack = self.per_length * (length + rounding) + self.flat
+        if self.cap is None:
+            bound = dots[0]
+        else:
+            b_w = self.states.bs[state, self.states.token]
+            gain = self.readout.cap(b_w + dots[1]) - self.readout.cap(b_w)
+            bound = gain - dots[0] + self.curve[state] * (length + rounding).square()
+        bound = bound + slack
+        return bound if block.zero is None else bound.masked_fill(block.zero, 0.0)
+
+    def _moved(self, block: Block, state: int, g: Float[Tensor, "m d_model"]) -> tuple[Tensor, Tensor, Tensor]:
+        """g . e, |e| and the rounding of |e|, for every candidate."""
+        norm, s = self.readout.norm, self.readout.s
+        if not self.states.own:
+            length = block.squares(Square(norm, gained=True)).sqrt() / s
+            return block.project(norm.pull(g, s)), length, torch.zeros_like(length)
+        x = self.states.x[state]
+        one = torch.ones_like(s)
+        cx, nx = norm.centre(x), norm.linear(x, one)  # nx = gain * centre(x)
+        pulled = torch.cat([norm.pull(g, one), cx[None], norm.pull(nx[None], one)])
+        dots = block.project(pulled)
+        spread = block.squares(Square(norm, gained=False))
+        d, s0 = x.shape[-1], norm.scale(x)
+        moved = (((cx @ cx + 2 * dots[-2] + spread) / d).clamp_min(0) + norm.eps).sqrt()
+        e_dot = (pulled[:-2] @ x[:, None] + dots[:-2]) / moved - (pulled[:-2] @ x[:, None]) / s0
+        v_n = block.squares(Square(norm, gained=True))
+        terms = torch.stack(
+            [(nx @ nx + 2 * dots[-1] + v_n) / moved.square(), -2 * (nx @ nx + dots[-1]) / (moved * s0), nx @ nx / s0**2 + 0 * v_n]
+        )
+        eps = torch.finfo(x.dtype).eps
+        size = terms.abs().sum(0)
+        # |e|^2 is a difference of large terms: what rounding can hide there is added to |e|.
+        return e_dot, terms.sum(0).clamp_min(0).sqrt(), (8 * eps * size).sqrt() + 0 * size
+
+
+def unembedding_row_norms(rec: Recording, readout: Readout) -> Float[Tensor, " vocabulary"]:
+    """|W_U[i]|, kept per model and fingerprint."""
+    kept = rec.model.cache.setdefault("row_norms", {})
+    if rec.fingerprint not in kept:
+        kept.clear()
+        w = rec.model.unembedding
+        step = 1 << 14
+        kept[rec.fingerprint] = torch.cat(
+            [w[i : i + step].to(readout.norm.gain.dtype).norm(dim=-1) for i in range(0, w.shape[0], step)]
+        )
+    return kept[rec.fingerprint]  # type: ignore[no-any-return]

@@ -1,0 +1,221 @@
+"""Locating: the best k subvalues by log-prob increase, exact and proven.
+
+1. Bound every candidate from above (`bounds`): O(d_model) each.
+2. Evaluate candidates exactly in descending order of the bound.
+3. Stop when the k-th best exact score exceeds every remaining bound. What was never evaluated
+   cannot belong to the top k: the answer is the exhaustive one, and `evaluations` says at what cost.
+
+Scores that differ by less than rounding are ties; ties go by (layer, attention before MLP, index).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from resid_surgery import _check
+from resid_surgery.attribution.bounds import UpperBounds
+from resid_surgery.attribution.scores import States, check_query, evaluate_block, places_of
+from resid_surgery.errors import ArgumentError
+from resid_surgery.sites import Site
+from resid_surgery.stream.recording import Recording, need_recording
+from resid_surgery.stream.subvalues import Block
+from resid_surgery.stream.tables import bs_columns
+
+SCORES = ("log_prob_increase",)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Located:
+    """The subvalues that `locate` found.
+
+    Attributes:
+        table: rank, site, kind, layer, log_prob_increase (nats), bs_target and bs_versus_* (logits,
+            frozen norm), norm, position.
+        sites: the sites, best first. evaluations: exact evaluations that the proof took.
+        candidates: how many there were. proof: "certificate" or "exhaustive".
+        fingerprint: of the weights.
+    """
+
+    table: pd.DataFrame
+    sites: tuple[Site, ...]
+    evaluations: int
+    candidates: int
+    proof: str
+    fingerprint: str
+
+    def __repr__(self) -> str:
+        shown = ", ".join(str(s) for s in self.sites[:5]) + (", ..." if len(self.sites) > 5 else "")
+        return (
+            f"Located({len(self.sites)} of {self.candidates} candidates: {shown}; "
+            f"{self.evaluations} exact evaluations, {self.proof})"
+        )
+
+
+def locate(
+    rec: Recording,
+    *,
+    k: int = 10,
+    kind: str = "neuron",
+    score: str = "log_prob_increase",
+    worst: bool = False,
+    norm: str = "frozen",
+    layers: Any = None,
+) -> Located:
+    """The exact best k subvalues by log-prob increase, with proof (paper: value neurons/subvalues).
+
+    C(v, x) = log p(w, x + v) - log p(w, x), nats; see `scores` for the conventions. The best k are
+    proven by an upper certificate, so only a little more than k of all candidates are evaluated.
+    The worst k are found by evaluating all of them, and `proof` says so.
+
+    Args:
+        rec: a recording. k: how many; at most all candidates.
+        kind: "neuron", "head", "head_source", "attn_neuron" or "layer".
+        score: "log_prob_increase". worst: the most harmful instead of the most helpful.
+        norm: "frozen" or "own". layers: None for all, or some.
+
+    Returns:
+        `Located`, best first (with `worst`, the most negative first).
+
+    Raises:
+        ArgumentError: unknown kind, score, norm or layer; k out of range.
+        StaleRecordingError: the weights changed since the recording.
+
+    Source: Yu & Ananiadou, arXiv 2312.12141; certificate: Jensen's inequality, see `bounds`.
+    """
+    _check.choice("score", score, SCORES)
+    picked = check_query(rec, kind, norm, layers)
+    if not isinstance(worst, bool):
+        raise ArgumentError(_check.message("worst", "True or False", worst))
+    _check.whole("k", k, 1)
+    need_recording(rec)
+    blocks = list(places_of(rec, kind, picked))
+    total = sum(block.count for _, _, block in blocks)
+    _check.whole("k", k, 1, total, model=rec.model.name, do=f"There are {total} candidates of kind '{kind}'.")
+    states = States.of(rec, [(layer, part) for layer, part, _ in blocks], own=norm == "own")
+    search = _Search(blocks, states)
+    if worst:
+        chosen = search.exhaustive(k)
+    else:
+        upper = UpperBounds(rec, states)
+        bounds = [upper.of(block, states.index[layer, part]) for layer, part, block in blocks]
+        chosen = search.certified(k, torch.cat(bounds))
+    return Located(
+        table=_table(rec, search, chosen, norm),
+        sites=tuple(search.site(i) for i in chosen),
+        evaluations=search.evaluations,
+        candidates=total,
+        proof="exhaustive" if worst else "certificate",
+        fingerprint=rec.fingerprint,
+    )
+
+
+@final
+class _Search:
+    """Candidates of all blocks under one numbering, in tie order, with the scores known so far."""
+
+    def __init__(self, blocks: Sequence[tuple[int, str, Block]], states: States) -> None:
+        self.blocks, self.states = blocks, states
+        counts = torch.tensor([block.count for _, _, block in blocks])
+        self.first = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
+        self.known = torch.full((int(counts.sum()),), torch.nan, dtype=states.bs.dtype)
+        for b, (_, _, block) in enumerate(blocks):
+            if block.zero is not None:  # C(0) = 0, no evaluation needed
+                self.known[self.first[b] : self.first[b + 1]][block.zero.cpu()] = 0.0
+        self.evaluations = 0
+
+    def site(self, i: int) -> Site:
+        b, member = self._place(i)
+        return self.blocks[b][2].site(member)
+
+    def _place(self, i: int) -> tuple[int, int]:
+        b = int(torch.searchsorted(self.first, i, right=True)) - 1
+        return b, i - int(self.first[b])
+
+    def evaluate(self, numbers: Tensor) -> None:
+        """Exact scores of candidates by number."""
+        if not len(numbers):
+            return
+        home = torch.searchsorted(self.first, numbers, right=True) - 1
+        order = torch.argsort(home, stable=True)
+        numbers, home = numbers[order], home[order]
+        vectors, which = [], []
+        for b in home.unique_consecutive().tolist():
+            layer, part, block = self.blocks[b]
+            members = numbers[home == b] - self.first[b]
+            vectors.append(block.vectors(members))
+            which.append(torch.full((len(members),), self.states.index[layer, part]))
+        self.known[numbers] = self.states.evaluate(torch.cat(which), torch.cat(vectors)).cpu()
+        self.evaluations += len(numbers)
+
+    def certified(self, k: int, bounds: Tensor) -> list[int]:
+        """The best k, evaluating in descending order of the bound until the rest is ruled out."""
+        bounds = bounds.cpu()
+        order = torch.argsort(bounds, descending=True, stable=True)
+        order = order[self.known[order].isnan()]
+        done, step = 0, k
+        while done < len(order):
+            self.evaluate(order[done : done + step])
+            done = min(done + step, len(order))
+            best = self.known[~self.known.isnan()]
+            if done < len(order) and len(best) >= k:
+                threshold = best.topk(k).values[-1]
+                # a bound that only ties the k-th best may still win the tie: keep going on equality
+                step = int((bounds[order[done:]] >= threshold - _tie_width(threshold)).sum())
+                if step == 0:
+                    break
+                step = min(step, 64)
+        return self._first(k, descending=True)
+
+    def exhaustive(self, k: int) -> list[int]:
+        """The worst k, evaluating every candidate."""
+        for b, (layer, part, block) in enumerate(self.blocks):
+            low, high = int(self.first[b]), int(self.first[b + 1])
+            members = torch.nonzero(self.known[low:high].isnan())[:, 0]
+            if len(members):
+                self.known[low + members] = evaluate_block(
+                    self.states, self.states.index[layer, part], block, members
+                ).cpu()
+            self.evaluations += len(members)
+        return self._first(k, descending=False)
+
+    def _first(self, k: int, *, descending: bool) -> list[int]:
+        numbers = torch.nonzero(~self.known.isnan())[:, 0]
+        return [int(numbers[i]) for i in rank(self.known[numbers], descending=descending)[:k]]
+
+
+def rank(values: Tensor, *, descending: bool = True) -> list[int]:
+    """Indices in order of value; runs of neighbours closer than rounding are ties, by index."""
+    order = torch.argsort(values, descending=descending, stable=True)
+    ordered = values[order]
+    close = (ordered[1:] - ordered[:-1]).abs() <= _tie_width(ordered[:-1])
+    run = torch.cat([torch.zeros(1, dtype=torch.long), (~close).cumsum(0)])
+    return [i for _, i in sorted(zip(run.tolist(), order.tolist(), strict=True))]
+
+
+def _tie_width(value: Tensor) -> Tensor:
+    """Scores closer than this are the same number up to rounding."""
+    return 8 * torch.finfo(value.dtype).eps * (1 + value.abs())
+
+
+def _table(rec: Recording, search: _Search, chosen: list[int], norm: str) -> pd.DataFrame:
+    places = [search._place(i) for i in chosen]
+    directions = search.states.readout.directions(rec.prompt.readouts)
+    vectors = torch.cat([search.blocks[b][2].vectors(torch.tensor([m])) for b, m in places])
+    bs = (vectors @ directions.T).double().cpu().numpy()
+    table = pd.DataFrame(
+        {
+            "rank": range(1, len(chosen) + 1),
+            "site": [str(search.site(i)) for i in chosen],
+            "kind": [search.blocks[b][2].kind for b, _ in places],
+            "layer": [search.blocks[b][0] for b, _ in places],
+            "log_prob_increase": [float(search.known[i]) for i in chosen],
+        }
+        | {name: bs[:, i] for i, name in enumerate(bs_columns(rec))}
+    )
+    table["norm"], table["position"] = norm, rec.prompt.position
+    return table

@@ -1,0 +1,192 @@
+"""Query sources, one hop: which lower addends switched a neuron on.
+
+A neuron of layer l reads the stream r = sum_u u through its norm and its keys. With a key folded
+through the norm, K = gamma * w_in (centred for LayerNorm),
+
+    pre-activation = sum over addends u of (u . K) / s(r)  +  beta . w_in + b,
+
+exactly, for the gate and the up key separately. The coefficient act(gate) * up does not split, so
+the coefficient *without* u is recomputed through the module's own activation, with the norm's scale
+frozen at r, or live at r - u.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from resid_surgery import _check
+from resid_surgery.errors import ArgumentError, SiteError
+from resid_surgery.models.anatomy import Norm
+from resid_surgery.sites import Neuron, as_sites
+from resid_surgery.stream.closing import coefficient_from
+from resid_surgery.stream.recording import Recording, need_recording
+from resid_surgery.stream.subvalues import GRAINS, Block, addends, resolve_in, state_of
+
+SOURCE_NORMS = ("frozen", "live")
+
+
+def sources(rec: Recording, reader: Any, *, grain: str = "layer", top: int = 10, norm: str = "frozen") -> pd.DataFrame:
+    """What switched a neuron on: the exact shares of its pre-activations (paper: query vectors).
+
+    share(u) = (u . gamma w_in) / s, logits of the key's pre-activation; the shares of one key plus
+    its constant row sum to the measured pre-activation.
+
+    Args:
+        rec: a recording. reader: a neuron's site, or a sequence of them.
+        grain: of the writers: "layer", "head", "head_source", "neuron" or "subvalue".
+        top: how many writers are listed per key, by |share|; the rest is one remainder row.
+        norm: for ``coefficient_without``: "frozen" keeps the norm's scale, "live" recomputes it.
+
+    Returns:
+        Columns: reader, key ("gate"/"up"), writer, kind, position, grain, share (signed), unit,
+        pre_activation (the key's), coefficient (the neuron's), coefficient_without (the neuron's
+        without that writer, through every key), norm, closure (|shares - pre-activation|). Rows:
+        the writers by |share|, then ``remainder (n)``, then ``constant``.
+
+    Raises:
+        SiteError: the reader is no neuron of the model. ArgumentError: unknown grain or norm.
+
+    Source: Yu & Ananiadou, arXiv 2312.12141 (query neurons); exact form: DESIGN of this library.
+    """
+    _check.choice("grain", grain, GRAINS)
+    _check.choice("norm", norm, SOURCE_NORMS)
+    _check.whole("top", top, 1)
+    if not isinstance(rec, Recording):
+        raise ArgumentError(_check.message("rec", "a recording from resid_surgery.record", rec))
+    readers = [_as_neuron(rec, site) for site in as_sites(reader)]
+    need_recording(rec)
+    frames = []
+    for layer in dict.fromkeys(one.layer for one in readers):
+        blocks = addends(rec, grain, before=(layer, "mlp"))
+        of_layer = [one for one in readers if one.layer == layer]
+        shares = _shares(rec, blocks, of_layer)
+        for i, one in enumerate(of_layer):
+            frames.append(_Reader.of(rec, one).table(blocks, shares[i], grain=grain, top=top, norm=norm))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _as_neuron(rec: Recording, site: Any) -> Neuron:
+    site = resolve_in(rec, site)
+    if not isinstance(site, Neuron):
+        raise SiteError(f"`reader` must be a neuron such as L20.N1297; got {site}.")
+    return site
+
+
+def _shares(rec: Recording, blocks: Sequence[Block], readers: Sequence[Neuron]) -> list[list[Tensor]]:
+    """reader -> key -> (addend,) shares; one projection per block for all readers of a layer."""
+    each = [_Reader.of(rec, one) for one in readers]
+    directions = torch.cat([one.directions for one in each])
+    flat = torch.cat([block.project(directions) for block in blocks], dim=1)
+    n_keys = len(rec.model.anatomy.key_names)
+    return [list(flat[i * n_keys : (i + 1) * n_keys]) for i in range(len(readers))]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    """One neuron as a reader: its keys folded through the norm at this recording's scale."""
+
+    rec: Recording
+    site: Neuron
+    norm: Norm
+    state: Float[Tensor, " d_model"]
+    scale: Float[Tensor, "1"]
+    keys: Float[Tensor, "key d_model"]
+    constants: Float[Tensor, " key"]
+
+    @classmethod
+    def of(cls, rec: Recording, site: Neuron) -> "_Reader":
+        model = rec.model
+        norm, state = model.norm(site.layer, "mlp_norm"), state_of(rec, site.layer, "mlp")
+        keys, constants = [], []
+        for i in range(len(model.anatomy.key_names)):
+            read = model.rows(site.layer, f"key{i}")
+            row = rec.work(read.rows[:, site.index])
+            own = 0.0 if read.bias is None else rec.work(read.bias[site.index])
+            keys.append(row)
+            constants.append(norm.bias @ row + own)
+        return cls(rec, site, norm, state, norm.scale(state), torch.stack(keys), torch.stack(constants))
+
+    @property
+    def directions(self) -> Float[Tensor, "key d_model"]:
+        """K / s for every key."""
+        return self.norm.pull(self.keys, self.scale)
+
+    def measured(self) -> list[float]:
+        """The pre-activations that the model computed."""
+        return [float(p[self.site.index]) for p in self.rec.layers[self.site.layer].pre_activations]
+
+    def without(self, removed: Float[Tensor, "n d_model"], norm: str) -> Float[Tensor, " n"]:
+        """Coefficients when each removed vector is left out of what the keys read."""
+        rest = self.state - removed
+        scale = self.scale if norm == "frozen" else self.norm.scale(rest)
+        pre = self.norm.linear(rest, scale) @ self.keys.T + self.constants
+        return coefficient_from(self.rec.model, self.site.layer, tuple(pre.to(self.rec.model.dtype).T)).to(pre)
+
+    def table(self, blocks: list[Block], shares: list[Tensor], *, grain: str, top: int, norm: str) -> pd.DataFrame:
+        """The rows of one reader."""
+        count = len(shares[0])
+        picked = [s.abs().topk(min(top, count)).indices for s in shares]
+        listed = torch.cat(picked)
+        vectors = _gather(blocks, listed)
+        rest = [self.state - vectors[i * len(p) : (i + 1) * len(p)].sum(0) for i, p in enumerate(picked)]
+        coefficients = self.without(torch.cat([vectors, torch.stack(rest)]), norm)
+        names, kinds = _names(blocks, listed)
+        rows = []
+        for key, (name, chosen, values) in enumerate(zip(self.rec.model.anatomy.key_names, picked, shares, strict=True)):
+            at = key * len(chosen)
+            shown = values[chosen]
+            for i, share in enumerate(shown.tolist()):
+                rows.append((name, names[at + i], kinds[at + i], share, float(coefficients[at + i]), key))
+            left = count - len(chosen)
+            if left:
+                without = float(coefficients[len(listed) + key])
+                rows.append((name, f"remainder ({left})", "remainder", float(values.sum() - shown.sum()), without, key))
+            constant = float(self.constants[key])
+            rows.append((name, "constant", "constant", constant, float("nan"), key))
+        table = pd.DataFrame(rows, columns=["key", "writer", "kind", "share", "coefficient_without", "number"])
+        measured = self.measured()
+        totals = table.groupby("number")["share"].sum()
+        table["pre_activation"] = [measured[i] for i in table["number"]]
+        table["closure"] = [abs(totals[i] - measured[i]) for i in table["number"]]
+        table["reader"], table["position"], table["grain"] = str(self.site), self.rec.prompt.position, grain
+        table["unit"], table["norm"] = "pre-activation", norm
+        table["coefficient"] = float(self.rec.layers[self.site.layer].coefficient[self.site.index])
+        return table[list(COLUMNS)]
+
+
+COLUMNS = (
+    "reader",
+    "key",
+    "writer",
+    "kind",
+    "position",
+    "grain",
+    "share",
+    "unit",
+    "pre_activation",
+    "coefficient",
+    "coefficient_without",
+    "norm",
+    "closure",
+)
+
+
+def _places(blocks: Sequence[Block], numbers: Tensor) -> list[tuple[int, int]]:
+    first = torch.tensor([0, *(block.count for block in blocks)]).cumsum(0)
+    home = torch.searchsorted(first, numbers.cpu(), right=True) - 1
+    return [(int(b), int(n - first[b])) for b, n in zip(home, numbers.cpu(), strict=True)]
+
+
+def _gather(blocks: Sequence[Block], numbers: Tensor) -> Float[Tensor, "n d_model"]:
+    return torch.cat([blocks[b].vectors(torch.tensor([i])) for b, i in _places(blocks, numbers)])
+
+
+def _names(blocks: Sequence[Block], numbers: Tensor) -> tuple[list[str], list[str]]:
+    places = _places(blocks, numbers)
+    return [str(blocks[b].site(i)) for b, i in places], [blocks[b].kind for b, _ in places]
