@@ -4,7 +4,7 @@ The public verbs and values, imported on first use (PEP 562).
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 _HOMES = {
     "errors": (
@@ -16,6 +16,16 @@ _HOMES = {
     "models.opening": "OpenedModel",
     "stream.recording": "Recording record",
     "stream.loading": "load",
+    "stream.tables": "decompose lens spectrum stream_bs predictions",
+    "stream.knowing": "facts",
+    "attribution.scores": "scores",
+    "attribution.locating": "Located locate",
+    "attribution.sources": "sources",
+    "surgery.interventions": "Zero Scale Patch Steer",
+    "surgery.effects": "Effect intervene intervene_each",
+    "evidence.check": "check",
+    "evidence.operating": "Operated operate",
+    "views.plots": "plot_stream",
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names.split()}
 

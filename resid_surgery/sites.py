@@ -67,7 +67,7 @@ class Site:
         layer = _in_range("layer", getattr(self, "layer", 0), sizes.n_layers, sizes, "layers")
         for name, size, unit in self._limits(sizes):
             _in_range(name, getattr(self, name), size, sizes, unit)
-        return replace(self, **{"layer": layer}) if hasattr(self, "layer") else self
+        return replace(self, layer=layer) if hasattr(self, "layer") else self  # type: ignore[call-arg]
 
     def _limits(self, sizes: Sizes) -> list[tuple[str, int, str]]:
         return []

@@ -38,14 +38,14 @@ class UpperBounds:
         self.rec = rec
         self.cap = rec.model.anatomy.logit_cap
         self.row_norms = unembedding_row_norms(rec, self.readout)
-        p = states.log_p.exp()
+        p = states.p
         w = self.readout.rows([states.token])
         if self.cap is None:
-            self.g = w - self.readout.mix(p)
+            self.g = w - self.readout.mix(p.T)
         else:
             slope = 1 - torch.tanh(states.bs / self.cap).square()
-            self.g = self.readout.mix(p * slope)
-            self.curve = (p @ self.row_norms.square()) * (2 / (3 * math.sqrt(3) * self.cap))
+            self.g = self.readout.mix((p * slope).T)
+            self.curve = (self.row_norms.square() @ p) * (2 / (3 * math.sqrt(3) * self.cap))
             self.w = w
         eps = torch.finfo(p.dtype).eps
         self.per_length = 8 * eps * math.sqrt(rec.model.anatomy.d_model) * float(self.row_norms.max())
@@ -59,7 +59,7 @@ class UpperBounds:
         if self.cap is None:
             bound = dots[0]
         else:
-            b_w = self.states.bs[state, self.states.token]
+            b_w = self.states.bs[self.states.token, state]
             gain = self.readout.cap(b_w + dots[1]) - self.readout.cap(b_w)
             bound = gain - dots[0] + self.curve[state] * (length + rounding).square()
         bound = bound + slack
@@ -82,7 +82,11 @@ class UpperBounds:
         e_dot = (pulled[:-2] @ x[:, None] + dots[:-2]) / moved - (pulled[:-2] @ x[:, None]) / s0
         v_n = block.squares(Square(norm, gained=True))
         terms = torch.stack(
-            [(nx @ nx + 2 * dots[-1] + v_n) / moved.square(), -2 * (nx @ nx + dots[-1]) / (moved * s0), nx @ nx / s0**2 + 0 * v_n]
+            [
+                (nx @ nx + 2 * dots[-1] + v_n) / moved.square(),
+                -2 * (nx @ nx + dots[-1]) / (moved * s0),
+                nx @ nx / s0**2 + 0 * v_n,
+            ]
         )
         eps = torch.finfo(x.dtype).eps
         size = terms.abs().sum(0)

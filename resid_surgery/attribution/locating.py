@@ -136,28 +136,30 @@ class _Search:
         b = int(torch.searchsorted(self.first, i, right=True)) - 1
         return b, i - int(self.first[b])
 
-    def evaluate(self, numbers: Tensor) -> None:
-        """Exact scores of candidates by number."""
-        if not len(numbers):
-            return
+    def gather(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """(state of each, vector of each) of candidates in ascending order of number."""
         home = torch.searchsorted(self.first, numbers, right=True) - 1
-        order = torch.argsort(home, stable=True)
-        numbers, home = numbers[order], home[order]
         vectors, which = [], []
-        for b in home.unique_consecutive().tolist():
+        for b in sorted(set(home.tolist())):
             layer, part, block = self.blocks[b]
             members = numbers[home == b] - self.first[b]
             vectors.append(block.vectors(members))
             which.append(torch.full((len(members),), self.states.index[layer, part]))
-        self.known[numbers] = self.states.evaluate(torch.cat(which), torch.cat(vectors)).cpu()
-        self.evaluations += len(numbers)
+        return torch.cat(which), torch.cat(vectors)
+
+    def evaluate(self, numbers: Tensor) -> None:
+        """Exact scores of candidates by number."""
+        if len(numbers):
+            numbers = numbers.sort().values
+            self.known[numbers] = self.states.evaluate(*self.gather(numbers)).cpu()
+            self.evaluations += len(numbers)
 
     def certified(self, k: int, bounds: Tensor) -> list[int]:
         """The best k, evaluating in descending order of the bound until the rest is ruled out."""
         bounds = bounds.cpu()
         order = torch.argsort(bounds, descending=True, stable=True)
         order = order[self.known[order].isnan()]
-        done, step = 0, k
+        done, step = 0, k + k // 8  # a few more than k at once: a second product would cost more
         while done < len(order):
             self.evaluate(order[done : done + step])
             done = min(done + step, len(order))
@@ -205,8 +207,9 @@ def _tie_width(value: Tensor) -> Tensor:
 def _table(rec: Recording, search: _Search, chosen: list[int], norm: str) -> pd.DataFrame:
     places = [search._place(i) for i in chosen]
     directions = search.states.readout.directions(rec.prompt.readouts)
-    vectors = torch.cat([search.blocks[b][2].vectors(torch.tensor([m])) for b, m in places])
-    bs = (vectors @ directions.T).double().cpu().numpy()
+    ascending = torch.tensor(chosen).sort()
+    bs = torch.empty(len(chosen), len(directions), dtype=directions.dtype)
+    bs[ascending.indices] = (search.gather(ascending.values)[1] @ directions.T).cpu()
     table = pd.DataFrame(
         {
             "rank": range(1, len(chosen) + 1),
@@ -215,7 +218,7 @@ def _table(rec: Recording, search: _Search, chosen: list[int], norm: str) -> pd.
             "layer": [search.blocks[b][0] for b, _ in places],
             "log_prob_increase": [float(search.known[i]) for i in chosen],
         }
-        | {name: bs[:, i] for i, name in enumerate(bs_columns(rec))}
+        | {name: bs[:, i].double().numpy() for i, name in enumerate(bs_columns(rec))}
     )
     table["norm"], table["position"] = norm, rec.prompt.position
     return table

@@ -9,6 +9,7 @@ For one state x everything about it that does not depend on v is computed once (
 are then scored as D = bs(x + v) - bs(x),  C = D_w - log sum_i p_i exp(D_i).
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -26,6 +27,7 @@ from resid_surgery.stream.vocabulary import Readout
 
 NORMS = ("frozen", "own")
 EVALUATE_BYTES = 32 << 20
+SAFE_EXPONENT = 40.0
 
 
 @final
@@ -33,19 +35,22 @@ EVALUATE_BYTES = 32 << 20
 class States:
     """Distinct states x that candidates are added to, with what scoring needs of each.
 
+    The vocabulary is the first axis: products with the unembedding on the left are a quarter
+    faster, and sums over the vocabulary run down contiguous columns.
+
     Attributes:
         readout: the recording's. own: each state read with its own norm. token: the target id w.
-        x: (state, d_model). bs: (state, vocabulary) with constants, before a cap.
-        log_p: (state, vocabulary) log softmax(cap(bs)).
-        index: (layer, part) -> row of a state.
+        x: (state, d_model). bs: (vocabulary, state) with constants, before a cap.
+        p: (vocabulary, state) softmax(cap(bs)).
+        index: (layer, part) -> number of a state.
     """
 
     readout: Readout
     own: bool
     token: int
     x: Float[Tensor, "state d_model"]
-    bs: Float[Tensor, "state vocabulary"]
-    log_p: Float[Tensor, "state vocabulary"]
+    bs: Float[Tensor, "vocabulary state"]
+    p: Float[Tensor, "vocabulary state"]
     index: dict[tuple[int, str], int]
 
     @classmethod
@@ -62,9 +67,10 @@ class States:
                 vectors.append(state_of(rec, layer, part))
             index[layer, part] = distinct[key]
         x = torch.stack(vectors)
-        bs = readout.state(x, own=own)
-        log_p = torch.log_softmax(readout.cap(bs), -1)
-        return cls(readout, own, rec.prompt.target, x, bs, log_p, index)
+        bs = readout.columns(readout.norm.linear(x, readout.norm.scale(x) if own else readout.s))
+        if readout.constants is not None:
+            bs += readout.constants[:, None]
+        return cls(readout, own, rec.prompt.target, x, bs, torch.softmax(readout.cap(bs), 0), index)
 
     def normed(self, which: Int[Tensor, " n"], v: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
         """N(x + v) - N(x): linear in v under the frozen norm."""
@@ -77,19 +83,40 @@ class States:
 
     def evaluate(self, which: Int[Tensor, " n"], v: Float[Tensor, "n d_model"]) -> Float[Tensor, " n"]:
         """Exact C(v, x) of vectors, each added to its own state; one vocabulary product."""
-        rows = max(1, EVALUATE_BYTES // (self.bs.shape[1] * self.bs.element_size()))
+        rows = self.chunk
         out = [self._evaluate(which[i : i + rows], v[i : i + rows]) for i in range(0, len(v), rows)]
         return torch.cat(out) if out else v.new_zeros(0)
 
+    @property
+    def chunk(self) -> int:
+        """How many vectors are evaluated at once, for bounded memory."""
+        return max(1, EVALUATE_BYTES // (self.bs.shape[0] * self.bs.element_size()))
+
     def _evaluate(self, which: Tensor, v: Tensor) -> Tensor:
-        d = self.readout.product(self.normed(which, v))
+        d = self.readout.columns(self.normed(which, v))
         if self.readout.model.anatomy.logit_cap is not None:
-            bs = self.bs[which]
-            d = self.readout.cap(bs + d) - self.readout.cap(bs)
-        gain = d[:, self.token].clone()
-        for i, state in enumerate(which.tolist()):  # in place: no second (n, vocabulary) array
-            d[i] += self.log_p[state]
-        return gain - logsumexp_(d)
+            bs = self.bs[:, which]
+            d = self.readout.cap(bs + d).sub_(self.readout.cap(bs))
+        gain = d[self.token].clone()
+        top = d.amax(0)
+        if float(top.abs().max()) > SAFE_EXPONENT:
+            d -= top
+        else:  # exp cannot overflow, nor all of it vanish: spare a pass over the vocabulary
+            top = torch.zeros_like(top)
+        d.exp_()
+        sums = torch.empty_like(gain)
+        for low, high, state in _runs(which.tolist()):
+            sums[low:high] = self.p[:, state] @ d[:, low:high]
+        return gain - top - sums.log_()
+
+
+def _runs(which: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(first, after, value) of each run of equal neighbours."""
+    low = 0
+    for value, run in itertools.groupby(which):
+        high = low + len(list(run))
+        yield low, high, value
+        low = high
 
 
 def logsumexp_(z: Float[Tensor, "n vocabulary"]) -> Float[Tensor, " n"]:
@@ -150,8 +177,7 @@ def scores(rec: Recording, *, kind: str = "neuron", norm: str = "frozen", layers
 
 def evaluate_block(states: States, state: int, block: Block, members: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Exact scores of some members of a block, streamed; exactly 0 where the addend is zero."""
-    step = max(1, EVALUATE_BYTES // (states.bs.shape[1] * states.bs.element_size()))
-    out = []
+    step, out = states.chunk, []
     for low in range(0, len(members), step):
         part = members[low : low + step]
         which = torch.full((len(part),), state)

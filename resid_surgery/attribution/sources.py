@@ -138,7 +138,9 @@ class _Reader:
         coefficients = self.without(torch.cat([vectors, torch.stack(rest)]), norm)
         names, kinds = _names(blocks, listed)
         rows = []
-        for key, (name, chosen, values) in enumerate(zip(self.rec.model.anatomy.key_names, picked, shares, strict=True)):
+        for key, (name, chosen, values) in enumerate(
+            zip(self.rec.model.anatomy.key_names, picked, shares, strict=True)
+        ):
             at = key * len(chosen)
             shown = values[chosen]
             for i, share in enumerate(shown.tolist()):

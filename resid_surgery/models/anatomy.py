@@ -201,9 +201,7 @@ class NormForm:
         """The module's current weights as a `Norm` in `dtype`."""
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         device = next((t.device for t in (weight, bias) if t is not None), torch.device("cpu"))
-        gain = (
-            torch.ones(d, dtype=dtype, device=device) if weight is None else weight.detach().to(dtype) + self.offset
-        )
+        gain = torch.ones(d, dtype=dtype, device=device) if weight is None else weight.detach().to(dtype) + self.offset
         beta = torch.zeros_like(gain) if bias is None else bias.detach().to(dtype)
         return Norm(gain, beta, self.eps, self.centred)
 
@@ -253,7 +251,8 @@ def linear_map(module: nn.Module, path: str) -> LinearMap:
         return LinearMap(module.weight.detach().T, None if module.bias is None else module.bias.detach())
     if kind == "Conv1D":
         weight, bias = module.weight, module.bias
-        assert isinstance(weight, Tensor) and isinstance(bias, Tensor)
+        assert isinstance(weight, Tensor)
+        assert isinstance(bias, Tensor)
         return LinearMap(weight.detach(), bias.detach())
     raise UnsupportedModelError(f"{path} is a {kind}; only Linear and Conv1D projections can be read as plain rows.")
 
@@ -442,3 +441,15 @@ def _plain(weight: Tensor, where: str) -> None:
             f"{where} is stored as {weight.dtype} ({type(weight).__name__}), not as plain floating-point numbers. "
             "Load the model de-quantised (for example with dtype=torch.bfloat16)."
         )
+
+
+def families_table() -> str:
+    """The rows of `LAYOUTS` as a Markdown table."""
+    lines = ["| family | model types | block | MLP | norms | unembedding |", "|---|---|---|---|---|---|"]
+    for row in LAYOUTS:
+        block = "parallel" if row.parallel is True else "sequential" if row.parallel is False else f"`{row.parallel}`"
+        mlp = "gated" if len(row.keys) == 2 else "ungated"
+        norms = "before and after the sublayer" if row.attn_post_norm else "before the sublayer"
+        cap = f"soft-cap (`{row.logit_cap}`)" if row.logit_cap else "plain"
+        lines.append(f"| {row.family} | {', '.join(row.model_types)} | {block} | {mlp} | {norms} | {cap} |")
+    return "\n".join(lines)

@@ -220,15 +220,16 @@ def _envoy(traced: Any, path: str) -> Any:
 
 def _read(tap: Tap, value: Any, rows: int, at: int | None, sliced: bool) -> Any:
     if tap.name == "attn_call":
-        return _attention_call(*value, at)
+        args, kwargs = value
+        return _attention_call(args, kwargs, at)
     if tap.name == "logits":
         value = value.logits
     elif isinstance(value, tuple):
         value = value[0]
-    shaped = value.detach().view(rows, -1, value.shape[-1])
+    shaped = value if value.ndim == 3 else value.view(rows, -1, value.shape[-1])
     if at is not None and not (sliced and tap.name in ("bs", "logits")):
         shaped = shaped[:, at : at + 1]
-    return shaped.clone()
+    return shaped.detach().clone()
 
 
 def _attention_call(args: tuple[Any, ...], kwargs: dict[str, Any], at: int | None) -> AttentionCall:

@@ -98,7 +98,9 @@ def closures(rec: Recording, values: Values) -> Iterator[Closure]:
     blocks = addends(rec)
     parts = torch.cat([b.all_vectors() for b in blocks])
     total = rec.work(rec.resid_final)
-    yield Closure("1", "sum of all addends = resid_post of the last block", None, relative(parts.sum(0), total, parts), tight)
+    yield Closure(
+        "1", "sum of all addends = resid_post of the last block", None, relative(parts.sum(0), total, parts), tight
+    )
     fine = addends(rec, "subvalue")
     yield Closure("1-3", "sum of all subvalues and biases = resid_post of the last block", None,
                   relative(sum_of(fine), total, parts), loose)  # fmt: skip
@@ -208,6 +210,3 @@ def coefficient_from(model: OpenedModel, layer: int, pre_activations: tuple[Tens
     with torch.no_grad():
         out: Tensor = model.activation(layer)(pre_activations[0])
     return out * pre_activations[1] if len(pre_activations) == 2 else out
-
-
-

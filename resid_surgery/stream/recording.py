@@ -125,9 +125,7 @@ class Recording:
             )
 
 
-def record(
-    model: OpenedModel, prompt: Prompt, *, positions: Literal["target", "all"] = "target"
-) -> Recording:
+def record(model: OpenedModel, prompt: Prompt, *, positions: Literal["target", "all"] = "target") -> Recording:
     """Record one forward of a prompt (paper: the residual stream and all of its vectors).
 
     Args:
@@ -177,7 +175,8 @@ def from_values(
 
     def at(name: TapName, layer: int) -> Tensor:
         value = values[Tap(name, layer)][row]
-        return value[t if every and name in _STREAM else 0].clone()  # type: ignore[no-any-return]
+        # what was read at t alone already has its own storage
+        return value[t].clone() if every and name in _STREAM else value[0]  # type: ignore[no-any-return]
 
     layers = []
     for layer in range(a.n_layers):
@@ -226,8 +225,8 @@ def attention_row(call: AttentionCall, row: int, t: int) -> Float[Tensor, "head 
     """
     query, keys = call.query[row, :, t - call.first], call.key[row]
     work = torch.float64 if query.dtype == torch.float64 else torch.float32
-    q, k = query.to(work), repeat_kv(keys.to(work), query.shape[0])
-    scores = torch.einsum("hd,hjd->hj", q, k) * call.scaling
+    grouped = query.to(work).view(keys.shape[0], -1, query.shape[-1])  # heads of a KV group together
+    scores = (grouped @ keys.to(work).transpose(1, 2)).flatten(0, 1) * call.scaling
     if call.softcap is not None:
         scores = torch.tanh(scores / call.softcap) * call.softcap
     if call.mask is None:

@@ -177,9 +177,7 @@ def head_source_block(rec: Recording, layer: int) -> Block:
     """The joint vectors v_{h,j} = push(alpha[h,j] v[h,j] W_O[h]) (paper: attention subvalues)."""
     parts = joint_parts(rec, layer)
     n_sources = parts.shape[1]
-    return _through_w_o(
-        rec, layer, "head_source", parts, lambda i: HeadSource(layer, i // n_sources, i % n_sources)
-    )
+    return _through_w_o(rec, layer, "head_source", parts, lambda i: HeadSource(layer, i // n_sources, i % n_sources))
 
 
 def joint_parts(rec: Recording, layer: int) -> Float[Tensor, "head source d_head"]:

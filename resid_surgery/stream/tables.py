@@ -47,7 +47,9 @@ def decompose(rec: Recording, *, grain: str = "layer") -> pd.DataFrame:
     directions = torch.cat([readout.directions(readouts), mean / rec.model.vocab_size])
     frames = [_ledger_rows(block, block.project(directions)) for block in addends(rec, grain)]
     for name, values in readout.named_constants().items():
-        frames.append(_frame([name], "constant", None, torch.cat([values[list(readouts)], values.mean()[None]])[:, None]))
+        frames.append(
+            _frame([name], "constant", None, torch.cat([values[list(readouts)], values.mean()[None]])[:, None])
+        )
     table = pd.concat(frames, ignore_index=True)
     table.columns = pd.Index(["site", "kind", "layer", *bs_columns(rec), "bs_target_centred"])
     table["bs_target_centred"] = table["bs_target"] - table["bs_target_centred"]
@@ -86,8 +88,7 @@ def lens(rec: Recording, *, top: int = 5) -> pd.DataFrame:
     for name, layer, state in zip(names, _layers_of(names), states, strict=True):
         log_p = readout.lens(state[None])[0]
         wanted = {int(i): "top" for i in log_p.topk(top).indices}
-        for token, _, role in rec.prompt.roles():
-            wanted[token] = role
+        wanted |= {token: role for token, _, role in rec.prompt.roles()}
         for token, role in wanted.items():
             rank = 1 + int((log_p > log_p[token]).sum())
             value = float(log_p[token])
@@ -109,6 +110,55 @@ def stream_states(rec: Recording) -> tuple[list[str], list[Tensor]]:
             states.append(rec.resid_mid(layer))
     last = rec.model.anatomy.n_layers - 1
     return [*names, f"L{last}.resid_post"], [*states, rec.work(rec.resid_final)]
+
+
+def stream_bs(rec: Recording) -> pd.DataFrame:
+    """bs-values of target and competitors along the stream (the paper's Figure 9).
+
+    Args:
+        rec: a recording.
+
+    Returns:
+        Columns: step (forward order), site (the state), layer, token, token_id, role, bs_value
+        (logits of the state under the frozen norm, constants included), norm, position. At the
+        last state they are the model's own logits before a soft-cap.
+    """
+    need_recording(rec)
+    names, states = stream_states(rec)
+    readout, rows = Readout.of(rec), []
+    directions = readout.directions(rec.prompt.readouts)
+    values = torch.stack(states) @ directions.T
+    if readout.constants is not None:
+        values = values + readout.constants[list(rec.prompt.readouts)]
+    for step, (name, layer) in enumerate(zip(names, _layers_of(names), strict=True)):
+        for i, (token, text, role) in enumerate(rec.prompt.roles()):
+            rows.append((step, name, layer, text, token, role, float(values[step, i])))
+    table = pd.DataFrame(rows, columns=["step", "site", "layer", "token", "token_id", "role", "bs_value"])
+    table["norm"], table["position"] = "frozen", rec.prompt.position
+    return table
+
+
+def predictions(rec: Recording, *, top: int = 10) -> pd.DataFrame:
+    """What the model predicts: its most probable tokens, and where target and competitors stand.
+
+    Args:
+        rec: a recording. top: how many tokens.
+
+    Returns:
+        Columns: rank, token, token_id, role, logit (after a soft-cap), log_prob (nats), prob.
+    """
+    need_recording(rec)
+    whole("top", top, 1, rec.model.vocab_size, model=rec.model.name)
+    logits = rec.work(rec.logits)
+    log_p = torch.log_softmax(logits, -1)
+    wanted = {int(i): "top" for i in log_p.topk(top).indices} | {i: role for i, _, role in rec.prompt.roles()}
+    rows = [
+        (1 + int((logits > logits[i]).sum()), i, role, float(logits[i]), float(log_p[i]), float(log_p[i].exp()))
+        for i, role in wanted.items()
+    ]
+    table = pd.DataFrame(rows, columns=["rank", "token_id", "role", "logit", "log_prob", "prob"])
+    table.insert(1, "token", token_names(rec.model, table["token_id"].tolist()))
+    return table.sort_values("rank", kind="stable", ignore_index=True)
 
 
 def spectrum(rec: Recording, site: Any, *, top: int = 10) -> pd.DataFrame:

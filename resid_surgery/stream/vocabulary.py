@@ -69,6 +69,11 @@ class Readout:
             out[:, low : low + step] = h @ w[low : low + step].to(h.dtype).T
         return out
 
+    def columns(self, h: Float[Tensor, "n d_model"]) -> Float[Tensor, "vocabulary n"]:
+        """W_U h^T: `product` with the vocabulary first, which is the faster order."""
+        w = self.model.unembedding
+        return w @ h.T if w.dtype == h.dtype else self.product(h).T.contiguous()
+
     def mix(self, p: Float[Tensor, "n vocabulary"]) -> Float[Tensor, "n d_model"]:
         """p W_U: the unembedding rows averaged with weights p, sliced like `product`."""
         w = self.model.unembedding

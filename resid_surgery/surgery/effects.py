@@ -72,8 +72,8 @@ class Effect:
     def __repr__(self) -> str:
         row = self.table.iloc[0]
         return (
-            f"Effect({list(self.interventions)} on {self.rec.model.name}: {row['token']!r} logit {row['bs_before']:.3f} "
-            f"-> {row['bs_after']:.3f}, p {row['prob_before']:.3f} -> {row['prob_after']:.3f})"
+            f"Effect({list(self.interventions)} on {self.rec.model.name}: {row['token']!r} logit "
+            f"{row['bs_before']:.3f} -> {row['bs_after']:.3f}, p {row['prob_before']:.3f} -> {row['prob_after']:.3f})"
         )
 
     @cached_property
@@ -174,7 +174,9 @@ class Effect:
         rest = torch.stack([row.change - row.direct - row.post_norm for row in rows]).sum(0)
         norm = readout.norm
         moved = norm.linear(self.after.final, norm.scale(self.after.final)) - norm.linear(self.after.final, readout.s)
-        read = {name: norm.linear(v, readout.s) for name, v in (("direct", direct), ("post_norm", post), ("indirect", rest))}
+        read = {
+            name: norm.linear(v, readout.s) for name, v in (("direct", direct), ("post_norm", post), ("indirect", rest))
+        }
         read["norm_scale"] = moved
         w = readout.rows(ids)
         uniform = torch.full((1, self.rec.model.vocab_size), 1 / self.rec.model.vocab_size).to(moved)
@@ -196,7 +198,10 @@ class Effect:
                      zero if embed is None else embed, zero)]  # fmt: skip
         states = {key: c.added for key, c in changes.items() if key[1] in ("pre", "mid", "post") and key != (0, "pre")}
         for layer in range(self.rec.model.anatomy.n_layers):
-            for part, before, after in (("attn", self.before.attn, self.after.attn), ("mlp", self.before.mlp, self.after.mlp)):
+            for part, before, after in (
+                ("attn", self.before.attn, self.after.attn),
+                ("mlp", self.before.mlp, self.after.mlp),
+            ):
                 change = after[layer] - before[layer]
                 if part == "attn" and (mid := states.get((layer, "mid"))) is not None:
                     change = change - mid  # the write was carried by this sublayer's output
@@ -215,6 +220,8 @@ class Effect:
         direct = torch.zeros_like(self.before.embed) if change.added is None else change.added
         if change.raw is None:
             return direct, torch.zeros_like(direct)
+        if not self.rec.model.has(f"{part}_post_norm"):
+            return direct + change.raw, torch.zeros_like(direct)
         left = self.after.raw[layer, part]
         found = left - change.raw
         frozen = PostMap.of(self.rec.model, layer, part, found)

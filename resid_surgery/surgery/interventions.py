@@ -140,7 +140,9 @@ class Steer(Intervention):
             raise ArgumentError(_check.message("vector", "a vector of d_model numbers", vector)) from None
         if tensor.ndim != 1 or not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             raise ArgumentError(
-                _check.message("vector", "a vector of d_model finite floats", f"shape {tuple(tensor.shape)}, {tensor.dtype}")
+                _check.message(
+                    "vector", "a vector of d_model finite floats", f"shape {tuple(tensor.shape)}, {tensor.dtype}"
+                )
             )
         object.__setattr__(self, "sites", sites)
         object.__setattr__(self, "vector", tensor)
@@ -241,7 +243,8 @@ def _check_donor(rec: Recording, one: Patch) -> None:
         )
     if donor.fingerprint != rec.fingerprint:
         raise StaleRecordingError(
-            f"`donor` was recorded with other weights of {rec.model.name} than the recording operated on. Record it again."
+            f"`donor` was recorded with other weights of {rec.model.name} than the recording operated on. "
+            "Record it again."
         )
     if donor.n_positions != rec.n_positions:
         raise InterventionError(
@@ -343,6 +346,3 @@ def _check_positions(given: Any) -> None:
             _check_positions(one)
         return
     raise ArgumentError(_check.message("positions", "'target', 'all', an index, indices or a token's text", given))
-
-
-

@@ -1,0 +1,225 @@
+"""``resid-surgery``: arguments in, tables out. What the commands do lives in the rooms above.
+
+Tables go to stdout, or JSON with ``--json``; progress goes to stderr, on a terminal only. Arguments,
+models, files and tokens that are no good give one line and exit code 2.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="resid-surgery",
+    help="Locate, operate on and measure what writes a prediction into a transformer's residual stream.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Text = Annotated[str, typer.Argument(metavar="TEXT", help="The prompt, ending right before the prediction.")]
+Target = Annotated[
+    str, typer.Option("--target", "-t", help="Token whose prediction is studied; mind the leading space: ' Paris'.")
+]
+Versus = Annotated[list[str] | None, typer.Option("--versus", "-v", help="Competing token; repeat for more.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="smollm2-135m (embedded), a hub id, a folder or a .gguf file.")
+]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="float64, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...")]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+Rows = Annotated[int, typer.Option("--rows", min=0, help="Rows to print; 0 prints all.")]
+K = Annotated[int, typer.Option("-k", min=1, help="How many subvalues to locate.")]
+Norm = Annotated[str, typer.Option("--norm", help="frozen (scale of the final stream) or own (of each state).")]
+
+
+@app.command()
+def operate(
+    text: Text,
+    target: Target,
+    versus: Versus = None,
+    model: Model = "smollm2-135m",
+    k: K = 10,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for CSV tables and a picture.")] = None,
+    as_json: AsJson = False,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """The main job: locate what wrote the target, trace its sources, ablate it, measure, report."""
+    from resid_surgery.evidence.operating import operate as run_operate
+    from resid_surgery.views import text as view
+    from resid_surgery.views.files import check_out, write_operated
+
+    folder = None if out is None else check_out(out)
+    opened, prompt = _load(model, dtype, device), _prompt(text, target, versus)
+    with _busy("operating"):
+        done = run_operate(opened, prompt, k=k)
+        files = [] if folder is None else write_operated(done, folder)
+    if as_json:
+        _print_json({"tokens": list(done.rec.prompt.tokens), "closure": done.closure(), "seconds": done.seconds},
+                    done.tables(), files)  # fmt: skip
+    else:
+        view.show_operated(view.console(), done, files)
+
+
+@app.command()
+def decompose(
+    text: Text,
+    target: Target,
+    versus: Versus = None,
+    model: Model = "smollm2-135m",
+    grain: Annotated[str, typer.Option(help="layer, head, head_source, neuron or subvalue.")] = "layer",
+    rows: Rows = 80,
+    as_json: AsJson = False,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """The ledger: one row per addend of the stream, with its bs-values; the rows sum to the logits."""
+    import resid_surgery as rs
+
+    opened, prompt = _load(model, dtype, device), _prompt(text, target, versus)
+    rec = rs.record(opened, prompt)
+    _show(rs.decompose(rec, grain=grain), rows, as_json, heading=_tokens(rec))
+
+
+@app.command()
+def locate(
+    text: Text,
+    target: Target,
+    versus: Versus = None,
+    model: Model = "smollm2-135m",
+    k: K = 10,
+    kind: Annotated[str, typer.Option(help="neuron, head, head_source, attn_neuron or layer.")] = "neuron",
+    norm: Norm = "frozen",
+    worst: Annotated[bool, typer.Option(help="The most harmful instead of the most helpful.")] = False,
+    layer: Annotated[list[int] | None, typer.Option(help="Only this layer; repeat for more.")] = None,
+    rows: Rows = 80,
+    as_json: AsJson = False,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """The exact best (or worst) k subvalues by log-prob increase, proven."""
+    import resid_surgery as rs
+
+    opened, prompt = _load(model, dtype, device), _prompt(text, target, versus)
+    rec = rs.record(opened, prompt)
+    with _busy("locating"):
+        found = rs.locate(rec, k=k, kind=kind, norm=norm, worst=worst, layers=layer or None)
+    _show(found.table, rows, as_json, heading=f"{_tokens(rec)}\n{found!r}",
+          extra={"evaluations": found.evaluations, "candidates": found.candidates, "proof": found.proof})  # fmt: skip
+
+
+@app.command()
+def sources(
+    text: Text,
+    target: Target,
+    reader: Annotated[
+        list[str] | None, typer.Option("--reader", "-r", help="A neuron; the best located ones by default.")
+    ] = None,
+    versus: Versus = None,
+    model: Model = "smollm2-135m",
+    grain: Annotated[str, typer.Option(help="layer, head, head_source, neuron or subvalue.")] = "layer",
+    norm: Annotated[str, typer.Option(help="For coefficient_without: frozen or live.")] = "frozen",
+    top: Annotated[int, typer.Option(min=1, help="Writers listed per key.")] = 10,
+    rows: Rows = 80,
+    as_json: AsJson = False,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """What switched neurons on: exact shares of each key's pre-activation."""
+    import resid_surgery as rs
+
+    opened, prompt = _load(model, dtype, device), _prompt(text, target, versus)
+    rec = rs.record(opened, prompt)
+    readers = reader or [str(s) for s in rs.locate(rec, k=3).sites]
+    _show(rs.sources(rec, readers, grain=grain, top=top, norm=norm), rows, as_json, heading=_tokens(rec))
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(metavar="[MODEL]")] = "smollm2-135m",
+    as_json: AsJson = False,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Measure every line of the mathematics on a model."""
+    import resid_surgery as rs
+
+    opened = _load(model, dtype, device)
+    with _busy("checking"):
+        table = rs.check(opened)
+    about = "\n".join(f"{name}: {value}" for name, value in opened.anatomy.describe().items())
+    _show(table, 0, as_json, heading=about, extra={"anatomy": opened.anatomy.describe()})
+    if not bool(table["ok"].all()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def families() -> None:
+    """The supported families as a Markdown table (the README's is this output)."""
+    from resid_surgery.models.anatomy import families_table
+
+    typer.echo(families_table())
+
+
+def run() -> None:
+    """Entry point: errors of the library are one line on stderr and exit code 2."""
+    from resid_surgery.errors import ResidSurgeryError
+
+    try:
+        app()
+    except ResidSurgeryError as error:
+        sys.stderr.write(f"resid-surgery: {' '.join(str(error).split())}\n")
+        raise SystemExit(2) from None
+
+
+def _load(model: str, dtype: str | None, device: str | None) -> Any:
+    import resid_surgery as rs
+
+    with _busy(f"loading {model}"):
+        return rs.load(model, dtype=dtype, device=device)
+
+
+def _prompt(text: str, target: str, versus: list[str] | None) -> Any:
+    import resid_surgery as rs
+
+    return rs.Prompt(text, target=target, versus=versus or ())
+
+
+def _tokens(rec: Any) -> str:
+    return "tokens: " + "  ".join(f"{i}:{t!r}" for i, t in enumerate(rec.prompt.tokens))
+
+
+def _busy(what: str) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True).status(what) if sys.stderr.isatty() else _nothing()
+
+
+def _nothing() -> Any:
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+def _show(table: Any, rows: int, as_json: bool, *, heading: str, extra: dict[str, Any] | None = None) -> None:
+    if as_json:
+        _print_json(extra or {}, {"rows": table}, [])
+        return
+    from resid_surgery.views import text as view
+
+    out = view.console()
+    out.print(heading, markup=False)
+    named = {column: f"bs {token!r}" for column, token in table.attrs.get("tokens", {}).items()}
+    view.show(out, table.rename(columns=named), rows=rows or None)
+
+
+def _print_json(head: dict[str, Any], tables: dict[str, Any], files: list[Path]) -> None:
+    body: dict[str, Any] = {"schema": 1, **head}
+    body |= {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
+    if files:
+        body["files"] = [str(f) for f in files]
+    typer.echo(json.dumps(body, ensure_ascii=False, indent=1))

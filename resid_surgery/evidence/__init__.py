@@ -1,0 +1,1 @@
+"""Hold it against measurement."""

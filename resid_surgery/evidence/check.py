@@ -1,0 +1,193 @@
+"""`check`: every line of the mathematics, measured on one model.
+
+Each row is one identity with its error relative to the largest term and the tolerance that the
+dtype allows. `resid_surgery.load` has already refused a model whose sums (lines 1-4, and the
+pre-activations of line 8) do not close; here the scores, bounds, sources and interventions that
+stand on them are measured as well.
+"""
+
+from collections.abc import Iterator
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from resid_surgery.attribution.bounds import UpperBounds
+from resid_surgery.attribution.locating import locate, rank
+from resid_surgery.attribution.scores import States, evaluate_block, logsumexp_, places_of
+from resid_surgery.attribution.sources import sources
+from resid_surgery.models.opening import OpenedModel
+from resid_surgery.models.tracing import Tap, Values, forward
+from resid_surgery.sites import Neuron
+from resid_surgery.stream.closing import Closure, closures, probe, relative, tolerance
+from resid_surgery.stream.recording import Recording, need_model
+from resid_surgery.stream.subvalues import PostMap, addends, state_of
+from resid_surgery.stream.vocabulary import Readout
+from resid_surgery.surgery.effects import PARTS, Effect, intervene_each
+from resid_surgery.surgery.interventions import Scale, Zero
+
+
+def check(model: OpenedModel) -> pd.DataFrame:
+    """Measure every line of the mathematics on a model, with one short fixed prompt.
+
+    Args:
+        model: from `resid_surgery.load`.
+
+    Returns:
+        Columns: line, identity, layer (the worst, or <NA>), error (relative to the largest term),
+        tolerance (what the dtype allows), ok, dtype.
+
+    Raises:
+        ArgumentError: not an opened model.
+    """
+    need_model(model)
+    rows = list(_all(model))
+    table = pd.DataFrame(
+        {
+            "line": [r.line for r in rows],
+            "identity": [r.identity for r in rows],
+            "layer": pd.array([r.layer for r in rows], dtype="Int64"),
+            "error": [r.error for r in rows],
+            "tolerance": [r.tolerance for r in rows],
+            "ok": [r.holds for r in rows],
+        }
+    )
+    table["dtype"] = str(model.dtype).removeprefix("torch.")
+    return table.sort_values(
+        "line", key=lambda c: c.str.split("-").str[0].astype(int), kind="stable", ignore_index=True
+    )
+
+
+def _all(model: OpenedModel) -> Iterator[Closure]:
+    rec, values = probe(model)
+    yield from closures(rec, values)
+    yield from _scores(rec)
+    yield from _certificates(rec)
+    yield from _sources(rec)
+    yield from _effects(rec)
+
+
+def _scores(rec: Recording) -> Iterator[Closure]:
+    readout, tol = Readout.of(rec), tolerance(rec.model)
+    parts = torch.cat([block.all_vectors() for block in addends(rec)])
+    a, b = parts[1], parts[2]
+    both = readout.bs(torch.stack([a + b, a, b]))
+    yield Closure("4", "bs(a + b) = bs(a) + bs(b)", None, relative(both[1] + both[2], both[0], both), tol)
+    yield Closure("5", "worked numbers: .665, .665, .665, .879, .946", None, _worked(), 5e-4)
+    states = States.of(rec, [(0, "attn")], own=False)
+    one = torch.tensor([0])
+    yield Closure("6", "C(0) = 0", None, abs(float(states.evaluate(one, torch.zeros_like(parts[:1])))), tol)
+    yield Closure("6", "layer scores telescope to log p(final) - log p(embedding)", None, _telescoping(rec), 10 * tol)
+
+
+def _worked() -> float:
+    x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    added = torch.tensor([[0, 0, 0], [5, 5, 5], [1, 1, 1], [1, 4, 5], [4, 1, 5]], dtype=torch.float64)
+    z = x + added
+    p3 = (z[:, 2] - logsumexp_(z.clone())).exp()
+    return float((p3 - torch.tensor([0.665, 0.665, 0.665, 0.879, 0.946], dtype=torch.float64)).abs().max())
+
+
+def _telescoping(rec: Recording) -> float:
+    """Sum of the layers' scores against the whole; a parallel block scores its two outputs jointly."""
+    a = rec.model.anatomy
+    places = [(layer, part) for layer in range(a.n_layers) for part in ("attn", "mlp")]
+    total, largest = 0.0, 0.0
+    states = States.of(rec, places, own=False)
+    for layer in range(a.n_layers):
+        record = rec.layers[layer]
+        outs = [rec.work(record.attn_out), rec.work(record.mlp_out)]
+        steps = [("attn", outs[0] + outs[1])] if a.parallel else [("attn", outs[0]), ("mlp", outs[1])]
+        for part, v in steps:
+            c = float(states.evaluate(torch.tensor([states.index[layer, part]]), v[None]))
+            total, largest = total + c, max(largest, abs(c))
+    readout, w = Readout.of(rec), rec.prompt.target
+    ends = torch.stack([rec.work(rec.embed), rec.work(rec.resid_final)])
+    log_p = torch.log_softmax(readout.cap(readout.state(ends)), -1)[:, w]
+    rest = float(log_p[1] - log_p[0])
+    rounding = sum(float(block.all_vectors().abs().max()) for block in addends(rec) if block.kind == "rounding")
+    return max(0.0, abs(total - rest) - 10 * rounding) / max(1.0, largest)
+
+
+def _certificates(rec: Recording) -> Iterator[Closure]:
+    layer = rec.model.anatomy.n_layers - 1
+    for norm in ("frozen", "own"):
+        for kind in ("neuron", "head_source"):
+            above, best = 0.0, []
+            blocks = list(places_of(rec, kind, [layer]))
+            states = States.of(rec, [(i, part) for i, part, _ in blocks], own=norm == "own")
+            upper = UpperBounds(rec, states)
+            for i, part, block in blocks:
+                state = states.index[i, part]
+                exact = evaluate_block(states, state, block, torch.arange(block.count))
+                above = max(above, float((exact - upper.of(block, state)).max()))
+                best += [str(block.site(j)) for j in rank(exact.cpu())[:5]]
+            found = locate(rec, k=min(5, len(best)), kind=kind, norm=norm, layers=[layer])
+            yield Closure("7", f"C <= upper bound, {kind}, {norm} norm", layer, max(0.0, above), 0.0)
+            same = [str(s) for s in found.sites] == best
+            yield Closure(
+                "7", f"certified top 5 = exhaustive top 5, {kind}, {norm} norm", layer, 0.0 if same else 1.0, 0.0
+            )
+
+
+def _sources(rec: Recording) -> Iterator[Closure]:
+    a, tol = rec.model.anatomy, tolerance(rec.model)
+    layer = a.n_layers - 1
+    for grain in ("layer", "subvalue"):
+        table = sources(rec, [Neuron(layer, i) for i in range(min(8, a.d_mlp))], grain=grain)
+        largest = float(table["share"].abs().max())
+        yield Closure("8", f"shares + constant = pre-activation, {grain} grain", layer,
+                      float(table["closure"].max()) / largest, tol)  # fmt: skip
+    yield Closure(
+        "10", "reading N(r - u) mid-forward changes a pre-activation by minus u's share", layer, _cut(rec, layer), tol
+    )
+
+
+def _cut(rec: Recording, layer: int) -> float:
+    """Make the MLP of a layer read the stream without its largest addend, scale frozen; measure."""
+    model, t = rec.model, rec.prompt.position
+    norm, state = model.norm(layer, "mlp_norm"), state_of(rec, layer, "mlp")
+    vectors = torch.cat([block.all_vectors() for block in addends(rec, before=(layer, "mlp"))])
+    u = vectors[int(vectors.norm(dim=-1).argmax())]
+    missing = norm.linear(u, norm.scale(state))
+
+    def without(found: Tensor, seen: Values) -> Tensor:
+        left = found.clone()
+        left[0, t] = (rec.work(left[0, t]) - missing).to(left)
+        return left
+
+    ids = torch.tensor([rec.prompt.ids], device=rec.layers[0].resid_pre.device)
+    key = Tap("key0", layer)
+    measured = rec.work(forward(model, ids, [key], {Tap("mlp_read", layer): without}, at=t)[key][0, 0])
+    rows = rec.work(model.rows(layer, "key0").rows)
+    clean = rec.work(rec.layers[layer].pre_activations[0])
+    largest = (rows.abs().max() * rec.work(norm(state)).abs().max())[None]
+    return relative(measured - clean, -(missing @ rows), clean, largest)
+
+
+def _effects(rec: Recording) -> Iterator[Closure]:
+    a, tol = rec.model.anatomy, tolerance(rec.model)
+    layer, neuron = 0, int(rec.layers[0].coefficient.abs().argmax())
+    site = Neuron(layer, neuron)
+    noop, zero, head, sub = intervene_each(
+        rec, [Scale(site, 1.0), Zero(site), Zero(f"L{a.n_layers - 1}.H0<0"), Zero(f"L{layer}.attn")], movers=3
+    )
+    size = float(rec.bs_values.abs().max())
+    yield Closure(
+        "9", "a no-op changes no column", layer, float(noop.table[["bs_change", *PARTS]].abs().max().max()) / size, tol
+    )
+    for name, effect in (("neuron", zero), ("(head, source)", head), ("sublayer", sub)):
+        yield Closure("9", f"direct + post_norm + norm_scale + indirect = measured change, {name}", None,
+                      float(effect.table["closure"].max()) / size, tol)  # fmt: skip
+        yield Closure("9", f"ledger sums to the measured change, {name}", None,
+                      float(effect.ledger()["closure"].max()) / size, tol)  # fmt: skip
+    yield Closure("11", "zeroing a coefficient changes mlp_out as predicted", layer, _predicted(rec, zero, site), tol)
+
+
+def _predicted(rec: Recording, effect: Effect, site: Neuron) -> float:
+    """Predicted mlp_out without a neuron, through the live post-norm, against the measured one."""
+    record, rows = rec.layers[site.layer], rec.model.rows(site.layer, "mlp_out").rows
+    raw = rec.work(record.mlp_raw) - rec.work(record.coefficient[site.index]) * rec.work(rows[site.index])
+    post = PostMap.of(rec.model, site.layer, "mlp", raw)
+    predicted = post.push(raw) + (0 if post.constant is None else post.constant)
+    return relative(predicted, effect.after.mlp[site.layer], rec.work(record.mlp_out))

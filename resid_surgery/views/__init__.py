@@ -1,0 +1,1 @@
+"""Look at it: figures and text."""

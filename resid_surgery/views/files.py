@@ -1,0 +1,54 @@
+"""Writing results: CSV tables and a picture, each file whole or not at all."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from resid_surgery.errors import ArgumentError
+from resid_surgery.evidence.operating import Operated
+from resid_surgery.views.plots import _pyplot, plot_stream
+
+
+def check_out(folder: Path) -> Path:
+    """A folder that can be written, made if need be; refused before any work is done.
+
+    Raises:
+        ArgumentError: it is a file, cannot be made or written, or matplotlib is missing.
+    """
+    _pyplot()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ArgumentError(f"`--out` must be a folder that can be written; {folder}: {error.strerror}.") from None
+    return folder
+
+
+def write_operated(done: Operated, folder: Path) -> list[Path]:
+    """Every table as CSV and the stream's picture; returns the files written."""
+    files = []
+    for name, table in done.tables().items():
+        files.append(_whole(folder / f"{name}.csv", lambda path, t=table: t.to_csv(path, index=False)))  # type: ignore[misc]
+    axes = plot_stream(done.stream, marked=done.sites)
+    figure = axes.figure
+    try:
+        files.append(_whole(folder / "stream.png", lambda path: figure.savefig(path, dpi=150)))  # type: ignore[union-attr]
+    finally:
+        _pyplot().close(figure)
+    return files
+
+
+def _whole(path: Path, write: Callable[[Path], object]) -> Path:
+    """Write beside the target and move into place, so that a half-written file never stands there."""
+    handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    try:
+        write(Path(name))
+        Path(name).chmod(0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return path

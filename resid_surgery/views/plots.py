@@ -1,0 +1,81 @@
+"""Figures: tidy table -> matplotlib Axes. Nothing here shows, saves or changes global style."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from resid_surgery._check import message
+from resid_surgery.errors import ArgumentError
+from resid_surgery.sites import Neuron, Site
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_STYLES = ("-", "--", ":", "-.")
+
+
+def plot_stream(stream: pd.DataFrame, *, marked: Sequence[Site] = (), ax: "Axes | None" = None) -> "Axes":
+    """bs-values of target and competitors along the stream, located subvalues marked (Figure 9).
+
+    Args:
+        stream: from `stream_bs`. marked: sites to mark on the target's curve, where they write.
+        ax: where to draw; a new figure's by default.
+
+    Returns:
+        The Axes; lines differ in dash and label, not in colour alone.
+
+    Raises:
+        ArgumentError: matplotlib is not installed, or the table is not from `stream_bs`.
+    """
+    pyplot = _pyplot()
+    if not {"step", "bs_value", "token", "role"} <= set(getattr(stream, "columns", ())):
+        raise ArgumentError(message("stream", "a table from resid_surgery.stream_bs", type(stream).__name__))
+    if ax is None:
+        _, ax = pyplot.subplots(figsize=(10, 5.2), layout="constrained")
+    target = stream[stream["role"] == "target"]
+    for i, (token, curve) in enumerate(stream.groupby("token", sort=False)):
+        ax.plot(curve["step"], curve["bs_value"], _STYLES[i % 4], lw=2.2 if i == 0 else 1.6, label=repr(token))
+    _mark(ax, target, marked)
+    layers = target.groupby("layer")["step"].min()
+    every = max(1, len(layers) // 15)
+    ax.set_xticks(layers.iloc[::every], [str(i) for i in layers.index[::every]])
+    ax.set_xlabel("state of the residual stream, by layer")
+    ax.set_ylabel("bs-value under the frozen final norm (logits)")
+    ax.set_title("What the stream says about each token, and who wrote it")
+    ax.grid(alpha=0.25)
+    ax.legend(loc="upper left", frameon=False)
+    return ax
+
+
+def _mark(ax: "Axes", target: pd.DataFrame, marked: Sequence[Site]) -> None:
+    """Markers on the target's curve at the state that a site's sublayer has just written."""
+    heights = dict(zip(target["site"], zip(target["step"], target["bs_value"], strict=True), strict=True))
+    last = target.iloc[-1]
+    seen: dict[str, list[Site]] = {}
+    for site in marked:
+        layer: int = getattr(site, "layer", 0)
+        after = f"L{layer + 1}.resid_pre" if isinstance(site, Neuron) else f"L{layer}.resid_mid"
+        seen.setdefault(after if after in heights else f"L{layer + 1}.resid_pre", []).append(site)
+    for kind, marker, label in ((True, "o", "located neurons"), (False, "^", "located attention subvalues")):
+        places = [heights.get(name, (last["step"], last["bs_value"])) for name, sites in seen.items()
+                  if isinstance(sites[0], Neuron) is kind]  # fmt: skip
+        if places:
+            ax.plot(*zip(*places, strict=True), marker, ms=7, color="black", mfc="none", mew=1.4, ls="", label=label)
+    ordered = sorted(seen.items(), key=lambda item: heights.get(item[0], (last["step"], 0))[0])
+    for i, (name, sites) in enumerate(ordered):
+        step, height = heights.get(name, (last["step"], last["bs_value"]))
+        more = f" +{len(sites) - 1}" if len(sites) > 1 else ""
+        left = i % 2 == 0  # alternate sides, so that neighbours on a steep curve do not collide
+        ax.annotate(f"{sites[0]}{more}", (step, height), xytext=(-14 if left else 14, 12 if left else -12),
+                    textcoords="offset points", fontsize=7, ha="right" if left else "left", va="center",
+                    arrowprops={"arrowstyle": "-", "lw": 0.5})  # fmt: skip
+    ax.set_xlim(right=last["step"] * 1.08)
+
+
+def _pyplot() -> Any:
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise ArgumentError("drawing needs matplotlib: pip install 'resid-surgery[plots]'.") from None
+    return pyplot

@@ -1,0 +1,146 @@
+"""The spine's speed, side by side in one process: ``make bench``.
+
+Prints ratios, each the median over interleaved repeats of two things run in turn:
+exact top-100 neurons against the exhaustive pass over the vocabulary, record against a plain
+forward, import time, and the peak memory of locate above the loaded model.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+import resid_surgery as rs
+from resid_surgery.attribution.locating import rank
+
+PROMPT = rs.Prompt("The capital of France is", target=" Paris", versus=[" London", " Lyon"])
+
+
+def seconds(job: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    job()
+    return time.perf_counter() - start
+
+
+def interleaved(a: Callable[[], object], b: Callable[[], object], repeats: int) -> tuple[float, float, float]:
+    """Medians of a and b, run in turn, and the median of the pairwise ratios a / b."""
+    pairs = [(seconds(a), seconds(b)) for _ in range(repeats)]
+    return (*(statistics.median(x) for x in zip(*pairs, strict=True)), statistics.median(x / y for x, y in pairs))
+
+
+MEMORY = """
+import ctypes, resource, threading, time
+import resid_surgery as rs
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 1e6
+
+model = rs.load("smollm2-135m")
+rec = rs.record(model, rs.Prompt("The capital of France is", target=" Paris"))
+ctypes.CDLL(None).malloc_trim(0)
+before, peak, done = resident(), [0.0], threading.Event()
+
+def watch():
+    while not done.is_set():
+        peak[0] = max(peak[0], resident())
+        time.sleep(0.001)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+rs.locate(rec, k=100)
+done.set()
+watcher.join()
+print(peak[0] - before, before)
+"""
+
+
+def peak_of_locate() -> tuple[float, float]:
+    """Peak resident memory of the first locate in a fresh process above what was resident, in MB."""
+    run = subprocess.run([sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True)
+    above, before = run.stdout.split()
+    return float(above), float(before)
+
+
+def fresh(code: str, repeats: int = 5) -> float:
+    """Median seconds that a fresh interpreter spends on some code, its own start taken off."""
+
+    def run(text: str) -> float:
+        return seconds(lambda: subprocess.run([sys.executable, "-c", text], check=True, stdout=subprocess.DEVNULL))
+
+    return statistics.median(run(code) - run("pass") for _ in range(repeats))
+
+
+def exhaustive(rec: rs.Recording, rows: int = 256) -> torch.Tensor:
+    """What one would write today: for each layer, log-softmax of every neuron's logits in batches."""
+    model = rec.model.module
+    w_u, gamma = model.lm_head.weight, model.model.norm.weight
+    s = (rec.resid_final.square().mean() + model.model.norm.variance_epsilon).sqrt()
+    out = []
+    with torch.no_grad():
+        for layer, block in zip(rec.layers, model.model.layers, strict=True):
+            x = layer.resid_pre + layer.attn_out
+            before = torch.log_softmax((x / s * gamma) @ w_u.T, -1)[rec.prompt.target]
+            v = layer.coefficient[:, None] * block.mlp.down_proj.weight.T
+            for low in range(0, len(v), rows):
+                bs = ((x + v[low : low + rows]) / s * gamma) @ w_u.T
+                out.append(torch.log_softmax(bs, -1)[:, rec.prompt.target] - before)
+    return torch.cat(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--skip-exhaustive", action="store_true", help="leave out the 20-second pass")
+    args = parser.parse_args()
+    model = rs.load("smollm2-135m")
+    rec = rs.record(model, PROMPT)
+    ids = torch.tensor([rec.prompt.ids])
+
+    def plain() -> None:
+        with torch.no_grad():
+            model.module(ids, use_cache=False)
+
+    print(f"{model!r}, {torch.get_num_threads()} threads, {len(rec.prompt.ids)}-token prompt")
+    plain()
+    first = seconds(lambda: rs.locate(rec, k=100))
+    found = rs.locate(rec, k=100)
+    report("record / plain forward", *interleaved(lambda: rs.record(model, PROMPT), plain, args.repeats), "<= 1.3")
+    report("exact top-100 / plain forward", *interleaved(lambda: rs.locate(rec, k=100), plain, args.repeats), "<= 2")
+    print(f"   exact evaluations {found.evaluations} of {found.candidates}; first call on a model {first * 1e3:.0f} ms")
+    own = interleaved(lambda: rs.locate(rec, k=100, norm="own"), plain, args.repeats)
+    report("exact top-100, own norm / plain forward", *own)
+    above, before = peak_of_locate()
+    print(f"{'peak memory of locate above the model':42}{above:8.0f} MB   (model loaded: {before:.0f} MB)  goal <= 300")
+    if not args.skip_exhaustive:
+        values: list[torch.Tensor] = []
+        slow, fast, _ = interleaved(lambda: values.append(exhaustive(rec)), lambda: rs.locate(rec, k=100), 1)
+        fast = statistics.median(seconds(lambda: rs.locate(rec, k=100)) for _ in range(args.repeats))
+        report("exhaustive pass / exact top-100", slow, fast, slow / fast, ">= 200")
+        best = {f"L{i // 1536}.N{i % 1536}" for i in rank(values[0])[:100]}
+        print(f"   same set: {best == {str(s) for s in found.sites}}")
+    print(f"{'import resid_surgery':42}{fresh('import resid_surgery') * 1e3:8.0f} ms   goal <= 100")
+    print(f"{'resid-surgery --help':42}{fresh(HELP) * 1e3:8.0f} ms   goal <= 500")
+
+
+def report(name: str, a: float, b: float, ratio: float, goal: str = "") -> None:
+    line = f"{name:42}{ratio:8.2f} x    ({a * 1e3:.0f} ms / {b * 1e3:.0f} ms)"
+    print(line + (f"  goal {goal}" if goal else ""))
+
+
+HELP = """
+import sys
+sys.argv = ["resid-surgery", "--help"]
+from resid_surgery.cli.main import run
+try:
+    run()
+except SystemExit:
+    pass
+"""
+
+if __name__ == "__main__":
+    main()
