@@ -11,7 +11,7 @@ _HOMES = {
         "ResidSurgeryError ArgumentError SiteError PromptError LoadError UnsupportedModelError "
         "ClosureError StaleRecordingError InterventionError"
     ),
-    "sites": "Neuron Head HeadSource AttnNeuron Sublayer Resid Bias Constant parse_site",
+    "sites": "Site Neuron Head HeadSource AttnNeuron Sublayer Resid Bias Constant parse_site",
     "models.prompts": "Prompt",
     "models.opening": "OpenedModel",
     "stream.recording": "Recording record",

@@ -6,7 +6,7 @@ its query, and keys and values of all positions. ``positions="all"`` adds the ad
 at every other position.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, final
 
 import torch
@@ -21,7 +21,7 @@ from resid_surgery.models.tracing import AttentionCall, Tap, TapName, Values, fo
 
 
 @final
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class LayerRecord:
     """One block at the predicting position t, in the model's dtype.
 
@@ -51,7 +51,7 @@ class LayerRecord:
 
 
 @final
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class StreamRecord:
     """The stream's addends at every position: each (layer, position, d_model)."""
 
@@ -61,7 +61,7 @@ class StreamRecord:
 
 
 @final
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Recording:
     """One pass of one prompt, detached; made by `resid_surgery.record`.
 
@@ -82,7 +82,6 @@ class Recording:
     bs_values: Float[Tensor, " vocabulary"]
     logits: Float[Tensor, " vocabulary"]
     stream: StreamRecord | None = None
-    checked: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         p = self.prompt

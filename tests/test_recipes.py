@@ -1,0 +1,31 @@
+"""Every recipe runs, on a tiny model with prompts by ids where it takes a prompt."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.py"))
+
+
+def load(path: Path):
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_the_recipe_runs_on_the_embedded_model(path, smollm2):
+    tables = load(path).main(smollm2)
+    assert tables
+    for name, table in tables.items():
+        assert len(table), name
+        if "closure" in table:
+            assert table["closure"].max() <= 1e-4, name
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_the_recipe_is_short(path):
+    assert len(path.read_text().splitlines()) <= 80
