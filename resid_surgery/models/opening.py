@@ -321,8 +321,9 @@ def _check_folder(path: Path) -> None:
 
 
 def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-    if importlib.util.find_spec("gguf") is None:
-        raise LoadError("reading a .gguf file needs the gguf package: pip install 'resid-surgery[gguf]'.")
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise LoadError(f"reading a .gguf file needs the {package} package: pip install 'resid-surgery[gguf]'.")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
