@@ -115,7 +115,7 @@ def operate(model: OpenedModel, prompt: Prompt, *, k: int = 10, readers: int = 3
     attention = locate(rec, k=min(k, pairs), kind="head_source")
     clock.lap("locate")
     sites = (*neurons.sites, *attention.sites)
-    spectra = pd.concat([spectrum(rec, site, top=min(8, model.vocab_size // 2)) for site in sites], ignore_index=True)
+    spectra = spectrum(rec, sites, top=min(8, model.vocab_size // 2))
     clock.lap("spectra")
     best = neurons.sites[:readers]
     traced = pd.concat([sources(rec, best, grain=grain, top=5) for grain in ("layer", "subvalue")], ignore_index=True)

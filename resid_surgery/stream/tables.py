@@ -162,31 +162,34 @@ def predictions(rec: Recording, *, top: int = 10) -> pd.DataFrame:
 
 
 def spectrum(rec: Recording, site: Any, *, top: int = 10) -> pd.DataFrame:
-    """The tokens that one addend promotes and suppresses (its bs-values, sign included).
+    """The tokens that an addend promotes and suppresses (its bs-values, sign included).
 
     Args:
-        rec: a recording. site: an addend's site or its text. top: how many tokens a side.
+        rec: a recording. site: an addend's site or its text, or a sequence of them.
+        top: how many tokens a side.
 
     Returns:
         Columns: site, side ("promotes" / "suppresses"), rank, token, token_id, bs_value (logits),
         bs_centred (minus its vocabulary mean), norm, position.
 
     Raises:
-        SiteError: the site does not exist, or is a state rather than an addend.
+        SiteError: a site does not exist, or is a state rather than an addend.
 
     Source: Geva et al. 2022 (sub-updates promote concepts); Yu & Ananiadou, section 3.
     """
     need_recording(rec)
     whole("top", top, 1, rec.model.vocab_size // 2, model=rec.model.name)
-    one = resolve_in(rec, as_sites(site)[0])
-    bs = Readout.of(rec).bs(vector_of(rec, one)[None])[0]
-    mean, frames = float(bs.mean()), []
-    for side, found in (("promotes", bs.topk(top)), ("suppresses", (-bs).topk(top))):
-        ids = [int(i) for i in found.indices]
-        values = bs[ids].tolist()
-        rows = {"site": str(one), "side": side, "rank": range(1, top + 1), "token": token_names(rec.model, ids)}
-        rows |= {"token_id": ids, "bs_value": values, "bs_centred": [v - mean for v in values]}
-        frames.append(pd.DataFrame(rows))
+    sites = [resolve_in(rec, one) for one in as_sites(site)]
+    bs = Readout.of(rec).bs(torch.stack([vector_of(rec, one) for one in sites]))
+    frames = []
+    for one, values in zip(sites, bs, strict=True):
+        mean = float(values.mean())
+        for side, found in (("promotes", values.topk(top)), ("suppresses", (-values).topk(top))):
+            ids = [int(i) for i in found.indices]
+            shown = values[ids].tolist()
+            rows = {"site": str(one), "side": side, "rank": range(1, top + 1), "token": token_names(rec.model, ids)}
+            rows |= {"token_id": ids, "bs_value": shown, "bs_centred": [v - mean for v in shown]}
+            frames.append(pd.DataFrame(rows))
     table = pd.concat(frames, ignore_index=True)
     table["norm"], table["position"] = "frozen", rec.prompt.position
     return table
