@@ -22,7 +22,7 @@ def block(mark: str) -> str:
 @pytest.mark.real
 def test_the_examples_output_is_real(smollm2):
     code, out = block("example"), io.StringIO()
-    assert len([line for line in code.splitlines() if line.strip()]) == 12
+    assert len(code.splitlines()) <= 12
     with contextlib.redirect_stdout(out):
         exec(compile(code, "README.md", "exec"), {})
     shown, printed = block("output").split(), out.getvalue().split()

@@ -7,7 +7,7 @@ act in forward order, and at one place finer sites before coarser ones and ``Sca
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
@@ -33,7 +33,7 @@ class Intervention:
     """
 
     sites: Any
-    positions: Positions = "target"
+    positions: Positions = field(default="target", kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", as_sites(self.sites))
@@ -85,7 +85,7 @@ class Scale(Intervention):
 
     factor: float = 1.0
 
-    def __init__(self, sites: Any, factor: float, positions: Positions = "target") -> None:
+    def __init__(self, sites: Any, factor: float, *, positions: Positions = "target") -> None:
         object.__setattr__(self, "sites", sites)
         object.__setattr__(self, "factor", _check.finite("factor", factor))
         object.__setattr__(self, "positions", positions)
@@ -107,7 +107,7 @@ class Patch(Intervention):
 
     donor: Recording | None = None
 
-    def __init__(self, sites: Any, donor: Recording, positions: Positions = "target") -> None:
+    def __init__(self, sites: Any, donor: Recording, *, positions: Positions = "target") -> None:
         if not isinstance(donor, Recording):
             raise ArgumentError(_check.message("donor", "a recording from resid_surgery.record", donor))
         object.__setattr__(self, "sites", sites)
@@ -133,7 +133,7 @@ class Steer(Intervention):
 
     vector: Tensor | None = None
 
-    def __init__(self, sites: Any, vector: Any, positions: Positions = "target") -> None:
+    def __init__(self, sites: Any, vector: Any, *, positions: Positions = "target") -> None:
         try:
             tensor = torch.as_tensor(vector).detach().clone()
         except (TypeError, ValueError, RuntimeError):
