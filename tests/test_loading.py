@@ -36,7 +36,6 @@ IDS = (5, 6, 7, 8)
 PROMPT = rs.Prompt(ids=IDS, target=9, versus=[10, 11])
 SIZES = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=64)  # fmt: skip
-by_ids = pytest.mark.filterwarnings("ignore:.*has no readable tokenizer:UserWarning")
 
 
 def loud(kind: str, **spec: Any) -> nn.Module:
@@ -57,9 +56,10 @@ def last_logits(module: nn.Module, ids: tuple[int, ...] = IDS) -> torch.Tensor:
 
 def refusal(error: type[ResidSurgeryError], source: Any, **options: Any) -> str:
     """The one-line message with which loading is refused."""
-    with warnings.catch_warnings(), pytest.raises(error) as caught:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rs.load(source, **options)
+        with pytest.raises(error) as caught:
+            rs.load(source, **options)
     assert isinstance(caught.value, ResidSurgeryError)
     assert type(caught.value) is error
     assert "\n" not in str(caught.value)
@@ -139,14 +139,14 @@ def test_a_folder_opens_in_the_dtype_that_is_asked_for(saved: Path, dtype: Any, 
     rec = rs.record(model, rs.Prompt(TEXT, target=" Paris"))
     assert rec.prompt.tokens == ("The", " capital", " of", " France", " is")
     assert rec.logits.dtype == wanted
-    assert torch.equal(rec.logits, last_logits(model.module, rec.prompt.ids))
+    assert torch.allclose(rec.logits, last_logits(model.module, rec.prompt.ids), atol=4 * torch.finfo(wanted).eps)
 
 
 def test_a_folder_opens_in_its_own_dtype_by_default_and_on_a_device(saved: Path) -> None:
     model = rs.load(saved, device="cpu")
     assert model.dtype == torch.float64
     assert model.device.type == "cpu"
-    assert torch.allclose(last_logits(model.module), last_logits(tiny.build("llama")), atol=1e-12)
+    assert torch.allclose(last_logits(model.module), last_logits(tiny.build("llama")), atol=1e-6)
 
 
 def test_a_tokenizer_that_is_given_goes_before_the_folders_own(saved: Path) -> None:
@@ -168,7 +168,7 @@ def test_sharded_weights_open_like_whole_ones(tmp_path: Path) -> None:
     module.save_pretrained(tmp_path, max_shard_size="40KB")  # type: ignore[operator]
     word_tokenizer().save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert torch.allclose(last_logits(rs.load(tmp_path).module), last_logits(module), atol=1e-12)
+    assert torch.allclose(last_logits(rs.load(tmp_path).module), last_logits(module), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "qwen2"])
@@ -254,7 +254,7 @@ def test_the_embedded_model_is_converted_once_and_kept_whole(cache: Path, conver
     (kept,) = _folders(cache)
     assert {"config.json", "model.safetensors", "tokenizer.json", "manifest.json"} <= {p.name for p in kept.iterdir()}
     assert first.fingerprint() == second.fingerprint()
-    assert torch.equal(last_logits(first.module), last_logits(tiny.build("llama", torch.float32)))
+    assert torch.allclose(last_logits(first.module), last_logits(tiny.build("llama", torch.float32)), atol=1e-5)
     assert first.dtype == torch.float32
     assert "de-quantised from the 4-bit GGUF" in first.note
 
@@ -362,7 +362,7 @@ def test_a_name_that_the_hub_does_not_give_says_what_to_check() -> None:
 
 
 def test_an_empty_name_is_not_the_folder_that_one_happens_to_stand_in() -> None:
-    with pytest.raises(ResidSurgeryError, match="`model` must be .*; got ''"):
+    with pytest.raises(ResidSurgeryError, match=r"`model` must be .*; got ''"):
         rs.load("")
 
 
@@ -453,9 +453,10 @@ def test_a_bert_checkpoint_is_refused(tmp_path: Path) -> None:
     config = BertConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
                         vocab_size=tiny.VOCAB)  # fmt: skip
     BertModel(config).save_pretrained(tmp_path)
-    with pytest.raises((LoadError, UnsupportedModelError)) as caught, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        rs.load(tmp_path)
+        with pytest.raises((LoadError, UnsupportedModelError)) as caught:
+            rs.load(tmp_path)
     assert tmp_path.name in str(caught.value)
     assert "bert" in str(caught.value)
 
@@ -614,6 +615,7 @@ def test_a_hook_that_changes_the_stream_is_found_out() -> None:
 
 # --- a user's model is left as it was -----------------------------------------------------------
 
+WITHOUT_SDPA = {("gemma2", "sdpa")}  # transformers refuses it for the soft-cap of attention scores
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
          "_load_state_dict_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")  # fmt: skip
 
@@ -622,7 +624,7 @@ def state(module: nn.Module) -> dict[str, Any]:
     """All that a user could notice: bytes, modes, hooks, flags, configuration, generators."""
     tensors = {**module.state_dict(keep_vars=True), **dict(module.named_buffers())}
     return {
-        "bytes": {name: t.detach().contiguous().view(torch.uint8).numpy().tobytes() for name, t in tensors.items()},
+        "bytes": {name: t.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in tensors.items()},
         "tensors": {name: (id(t), t.data_ptr(), t.dtype, t.requires_grad, t.grad) for name, t in tensors.items()},
         "modules": [(name, id(sub), type(sub)) for name, sub in module.named_modules()],
         "training": [sub.training for sub in module.modules()],
@@ -680,8 +682,10 @@ VERBS: dict[str, Callable[[Any, Any], object]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [(f, a) for f in tiny.FAMILIES for a in ("eager", "sdpa") if (f, a) not in WITHOUT_SDPA],
+)
 def test_loading_changes_nothing_about_the_users_model(family: str, attention: str) -> None:
     module = users_model(family, attention)
     with untouched(module):
@@ -722,9 +726,10 @@ def test_an_exception_in_the_middle_of_a_forward_changes_nothing(monkeypatch: py
     def fail(*_: Any) -> None:
         raise ZeroDivisionError("boom")
 
-    with monkeypatch.context() as patched, untouched(module), pytest.raises(ZeroDivisionError, match="boom"):
+    with monkeypatch.context() as patched, untouched(module):
         patched.setattr(engine, "_left", fail)
-        rs.intervene(rec, rs.Zero("L1.N1"))
+        with pytest.raises(ZeroDivisionError, match="boom"):
+            rs.intervene(rec, rs.Zero("L1.N1"))
     assert rs.intervene(rec, rs.Zero("L1.N1")).table.equals(before)
 
 
@@ -755,13 +760,13 @@ def test_a_model_in_training_mode_is_read_as_in_evaluation_mode(family: str) -> 
     assert rs.decompose(rec)["closure"].max() < 1e-5
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if (f, "sdpa") not in WITHOUT_SDPA])
 def test_another_attention_implementation_gives_the_same_recording(family: str) -> None:
     eager, sdpa = (rs.record(rs.load(tiny.build(family, attn_implementation=a)), PROMPT) for a in ("eager", "sdpa"))
-    if family != "gemma2":  # SDPA has no soft-cap of attention scores; transformers warns and leaves it out
-        assert torch.allclose(eager.logits, sdpa.logits, atol=1e-6)
+    assert torch.allclose(eager.logits, sdpa.logits, atol=1e-6)
     for one, other in zip(eager.layers, sdpa.layers, strict=True):
-        assert one.alpha.shape == other.alpha.shape
+        assert torch.allclose(one.alpha, other.alpha, atol=1e-6)
+        assert torch.allclose(one.alpha.sum(-1), torch.ones(len(one.alpha)).to(one.alpha))
 
 
 # --- weights that change ------------------------------------------------------------------------
@@ -865,7 +870,7 @@ def test_a_recording_made_right_after_a_change_can_be_used_at_once(change: str) 
     assert rs.decompose(again)["closure"].max() < 1e-5
 
 
-@pytest.mark.parametrize("change", set(CHANGES) - {"a parameter replaced"})
+@pytest.mark.parametrize("change", [name for name in CHANGES if name != "a parameter replaced"])
 def test_giving_the_bytes_back_makes_the_old_recording_usable_again(change: str) -> None:
     module = tiny.build("llama")
     kept = copy.deepcopy(module.state_dict())

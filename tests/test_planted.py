@@ -69,7 +69,7 @@ CASES = {
     "gate and up swapped": (
         "llama",
         lambda m: layout(m, "llama", keys=("mlp.up_proj", "mlp.gate_proj")),
-        "coefficient",
+        "does not describe",
     ),
     "centring of LayerNorm": ("gpt2", lambda m: forget_norm(m, centred=False), "pre-activations"),
     "final-norm bias": ("gpt2", no_constants, "bs-values"),
@@ -103,7 +103,7 @@ def test_an_unembedding_bias_is_a_row_and_forgetting_it_is_refused(monkeypatch):
     model.lm_head.bias = nn.Parameter(torch.linspace(-1, 1, 97, dtype=torch.float64))
     rec = rs.record(rs.load(model), rs.Prompt(ids=[1, 2, 3], target=4))
     table = rs.decompose(rec).set_index("site")
-    assert table.loc["unembed.bias", "bs_target"] == pytest.approx(float(model.lm_head.bias[4]))
+    assert table.loc["unembed.bias", "bs_target"] == pytest.approx(model.lm_head.bias[4].item())
     assert table.loc["final_norm.bias", "bs_target"] != 0
     assert table["closure"].iloc[0] <= 1e-10
     monkeypatch.setattr(OpenedModel, "unembedding_bias", None)
