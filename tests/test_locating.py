@@ -9,7 +9,7 @@ from tiny import FAMILIES, build, shared
 
 import resid_surgery as rs
 from resid_surgery.attribution.bounds import UpperBounds
-from resid_surgery.attribution.locating import rank
+from resid_surgery.attribution.locating import _Search, rank
 from resid_surgery.attribution.scores import States, evaluate_block, places_of
 from resid_surgery.stream.subvalues import KINDS
 
@@ -116,3 +116,91 @@ def test_located_tables_say_their_convention(family):
     shown = spectrum.set_index("token_id")["bs_value"]
     if 1 in shown.index:
         assert shown[1] == pytest.approx(table["bs_target"][0], abs=1e-9)
+
+
+@given(st.integers(0, 3), prompts(), kinds, norms, st.floats(0.05, 0.6))
+def test_the_bound_holds_where_a_soft_cap_bends_hard(seed, prompt, kind, norm, cap):
+    """Values many times the cap: the curvature term of the capped bound is what keeps it valid."""
+    rec = rs.record(bent(seed, cap), prompt)
+    blocks = list(places_of(rec, kind, range(3)))
+    states = States.of(rec, [(i, part) for i, part, _ in blocks], own=norm == "own")
+    upper = UpperBounds(rec, states)
+    for layer, part, block in blocks:
+        exact = evaluate_block(states, states.index[layer, part], block, torch.arange(block.count))
+        assert bool((exact <= upper.of(block, states.index[layer, part])).all())
+
+
+def bent(seed, cap):
+    return rs.load(build("gemma2", seed=seed, final_logit_softcapping=round(cap, 1) or 0.1))
+
+
+def test_without_its_curvature_term_the_capped_bound_is_wrong(monkeypatch):
+    broken = 0
+    for seed in range(4):
+        rec = rs.record(bent(seed, 0.3), rs.Prompt(ids=[5, 4, 3], target=1))
+        blocks = list(places_of(rec, "layer", range(3)))
+        states = States.of(rec, [(i, part) for i, part, _ in blocks], own=False)
+        upper = UpperBounds(rec, states)
+        upper.curve = torch.zeros_like(upper.curve)
+        for layer, part, block in blocks:
+            i = states.index[layer, part]
+            broken += int((evaluate_block(states, i, block, torch.arange(block.count)) > upper.of(block, i)).sum())
+    assert broken > 0
+
+
+class Listed:
+    """A block and its states in one, with given scores: the search alone is under test."""
+
+    def __init__(self, scores):
+        self.scores, self.count, self.zero = scores, len(scores), None
+        self.index, self.bs = {(0, "mlp"): 0}, scores
+
+    def vectors(self, members):
+        return members[:, None]
+
+    def evaluate(self, which, vectors):
+        return self.scores[vectors[:, 0]]
+
+
+@given(st.lists(st.tuples(st.integers(-6, 6), st.floats(0, 8)), min_size=1, max_size=40), st.integers(1, 40))
+def test_the_search_is_exact_for_any_scores_and_any_valid_bounds(pairs, k):
+    scores = torch.tensor([float(c) for c, _ in pairs], dtype=torch.float64)
+    bounds = scores + torch.tensor([b for _, b in pairs], dtype=torch.float64) + 1e-12
+    listed = Listed(scores)
+    search = _Search([(0, "mlp", listed)], listed)
+    k = min(k, len(pairs))
+    expected = sorted(range(len(pairs)), key=lambda i: (-pairs[i][0], i))[:k]
+    assert search.certified(k, bounds) == expected
+    assert search.evaluations <= len(pairs)
+
+
+def test_one_last_candidate_is_still_evaluated():
+    scores = torch.tensor([5.0, 4.0, 3.0, 2.5, 3.5], dtype=torch.float64)
+    listed = Listed(scores)
+    search = _Search([(0, "mlp", listed)], listed)
+    bounds = torch.tensor([9.0, 8.0, 7.0, 2.6, 3.6], dtype=torch.float64)
+    assert search.certified(3, bounds) == [0, 1, 4]
+    assert search.evaluations == 4
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0, 1e3, 1e5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_scores_of_enormous_vectors_neither_overflow_nor_vanish(size, dtype):
+    rec = rs.record(shared("llama", dtype), rs.Prompt(ids=[5, 4, 3], target=1))
+    states = States.of(rec, [(1, "mlp")], own=False)
+    x = rec.resid_mid(1)
+    v = torch.randn(6, 24, generator=torch.Generator().manual_seed(0), dtype=dtype) * size
+    found = states.evaluate(torch.zeros(6, dtype=torch.long), v)
+    readout = states.readout
+    log_p = torch.log_softmax(readout.state(torch.cat([x[None], x + v])).double(), -1)[:, 1]
+    assert torch.isfinite(found).all()
+    assert found.double().tolist() == pytest.approx((log_p[1:] - log_p[0]).tolist(), rel=1e-4, abs=1e-4)
+
+
+def test_states_are_grouped_whatever_the_order_of_candidates():
+    rec = rs.record(shared("gemma2"), rs.Prompt(ids=[5, 4, 3], target=1))
+    states = States.of(rec, [(i, "mlp") for i in range(3)], own=False)
+    v = torch.randn(7, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    which = torch.tensor([2, 0, 1, 1, 2, 0, 2])
+    one_by_one = [float(states.evaluate(which[i : i + 1], v[i : i + 1])) for i in range(7)]
+    assert states.evaluate(which, v).tolist() == pytest.approx(one_by_one, abs=1e-12)

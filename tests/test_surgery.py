@@ -305,3 +305,54 @@ def test_interventions_are_values():
 
     for one in (Zero(["L1.N3", "L0.H1<2"], positions="all"), Scale("L1.N3", 0.5)):
         assert eval(repr(one), {"Zero": Zero, "Scale": Scale}) == one
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "site", ["embed", "L0.resid_mid", "L1.resid_pre", "L1.resid_mid", "L1.resid_post", "L2.resid_post"]
+)
+def test_operations_on_every_state_close_in_table_and_ledger(family, site):
+    rec = rs.record(shared(family), rs.Prompt(ids=[5, 4, 3, 2], target=1, versus=[7]))
+    steer = rs.Steer(site, torch.ones(24, dtype=torch.float64))
+    if rec.model.anatomy.parallel and "mid" in site:
+        with pytest.raises(rs.SiteError, match="parallel"):
+            rs.intervene(rec, steer)
+        return
+    for op in (steer, rs.Scale(site, 0.5), [steer, rs.Scale("L0.H1", 2.0), rs.Zero("L2.N3")]):
+        effect = rs.intervene(rec, op)
+        ledger = effect.ledger()
+        assert effect.table["closure"].max() <= 1e-6
+        assert ledger["closure"].iloc[0] <= 1e-6
+        assert ledger.set_index("site").loc[site, "operated"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "ops",
+    [
+        [rs.Scale("L1.H1", 0.3), rs.Scale("L1.H1<2", -1.0)],
+        [rs.Scale("L1.H1", 0.3), rs.Scale("L1.H1.D2", 3.0), rs.Scale("L1.H1.D2<0", -2.0)],
+        [
+            rs.Scale("L1.attn", 2.0),
+            rs.Steer("L1.H0", torch.ones(24)),
+            rs.Scale("L1.H0<1", 0.0),
+            rs.Steer("L1.attn", torch.ones(24)),
+        ],
+        [rs.Scale("L1.N3", 0.5), rs.Scale("L1.N3", 3.0), rs.Steer("L1.N3", torch.ones(24)), rs.Scale("L1.mlp", -1.0)],
+    ],
+)
+def test_nested_scales_and_steers_combine_in_one_way_whatever_their_order(family, ops):
+    rec = rs.record(shared(family), rs.Prompt(ids=[5, 4, 3, 2], target=1))
+    effects = rs.intervene_each(rec, [list(order) for order in itertools.permutations(ops)])
+    for effect in effects:
+        assert torch.allclose(effect.after.bs, effects[0].after.bs, atol=1e-9)
+        assert effect.table["closure"].max() <= 1e-6
+
+
+def test_a_scaled_share_is_taken_before_the_head_is_scaled():
+    """Finer first: z' = 0.3 (z - 2 alpha v) for a share times -1 inside a head times 0.3."""
+    rec = rs.record(shared("llama"), rs.Prompt(ids=[5, 4, 3, 2], target=1))
+    effect = rs.intervene(rec, [rs.Scale("L1.H1", 0.3), rs.Scale("L1.H1<2", -1.0)])
+    head, share = vector_of(rec, rs.Head(1, 1)), vector_of(rec, rs.HeadSource(1, 1, 2))
+    expected = rec.layers[1].attn_out - head + 0.3 * (head - 2 * share)
+    assert torch.allclose(effect.after.attn[1], expected, atol=1e-6)

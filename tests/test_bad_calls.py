@@ -1,0 +1,491 @@
+"""Bad calls of every public verb: one clear error of the library each, before any forward runs."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_prompts import word_tokenizer
+
+import resid_surgery as rs
+from resid_surgery.errors import (
+    ArgumentError,
+    InterventionError,
+    LoadError,
+    PromptError,
+    ResidSurgeryError,
+    SiteError,
+    UnsupportedModelError,
+)
+from resid_surgery.evidence import check as checking
+from resid_surgery.stream import closing, knowing, recording
+from resid_surgery.surgery import engine
+
+IDS = (5, 6, 7, 8)
+WHO_RUNS_FORWARDS = (recording, closing, knowing, engine, checking)
+
+
+def prompt(ids: Any = IDS, target: Any = 9, **fields: Any) -> rs.Prompt:
+    """A prompt by ids."""
+    return rs.Prompt(ids=ids, target=target, **fields)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What bad calls are made with: models, recordings and vectors that are good."""
+
+    module: Any
+    model: Any
+    rec: Any  # four tokens, predicting at the last
+    early: Any  # the same tokens, predicting at position 1, recorded everywhere
+    everywhere: Any
+    short: Any
+    other: Any  # a recording of another opened model
+    parallel: Any
+    vector: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    module = tiny.build("llama")
+    model, other = rs.load(module), rs.load(tiny.build("llama", seed=1))
+    return Bench(
+        module=module,
+        model=model,
+        rec=rs.record(model, prompt(versus=[10])),
+        early=rs.record(model, prompt(position=1)),
+        everywhere=rs.record(model, prompt(), positions="all"),
+        short=rs.record(model, prompt(ids=[5, 6])),
+        other=rs.record(other, prompt()),
+        parallel=rs.record(tiny.shared("gpt_neox"), prompt()),
+        vector=torch.ones(24),
+    )
+
+
+@pytest.fixture
+def forwards(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the modules that ran a forward."""
+    ran: list[str] = []
+    for module in WHO_RUNS_FORWARDS:
+        real = module.forward
+
+        def counted(*args: Any, _real: Any = real, _name: str = module.__name__, **kwargs: Any) -> Any:
+            ran.append(_name)
+            return _real(*args, **kwargs)
+
+        monkeypatch.setattr(module, "forward", counted)
+    return ran
+
+
+Call = Callable[[Bench], object]
+TABLE: list[Any] = []
+
+
+def bad(name: str, call: Call, error: type[ResidSurgeryError], said: str) -> None:
+    """One row: what is wrong with the call, the call, its error and a pattern of the message."""
+    TABLE.append(pytest.param(call, error, said, id=name))
+
+
+def on(*changes: Any) -> Call:
+    """Interventions on the recording, made inside the call."""
+    return lambda b: rs.intervene(b.rec, [change(b) for change in changes])
+
+
+NO_MODEL = r"`model` must be a model from resid_surgery.load; got .*\. Call rs.load\(...\) first\."
+NO_RECORDING = r"`rec` must be a recording from resid_surgery.record; got "
+NO_INTERVENTIONS = r"`interventions` must be a list of Zero, Scale, Patch or Steer; got "
+THREE_LAYERS = r"`layer` must be in 0..2 for LlamaForCausalLM \(3 layers\); got 3. Count from the end with layer=-1."
+GRAINS = r"`grain` must be one of layer, head, head_source, neuron, subvalue; got "
+KINDS = r"`kind` must be one of neuron, head, head_source, attn_neuron, layer; got "
+
+# load
+bad("load nothing", lambda b: rs.load(None), ArgumentError, "`model` must be an alias, hub id, folder, .* got None")
+bad("load what is loaded", lambda b: rs.load(b.model), ArgumentError, r"`model` must be .* got OpenedModel\(")
+bad("load a plain module", lambda b: rs.load(torch.nn.Linear(2, 2)), UnsupportedModelError, "Linear is not a Hugging")
+bad("load nowhere", lambda b: rs.load("./nowhere"), LoadError, r"\./nowhere does not exist")
+bad("load an object elsewhere", lambda b: rs.load(b.module, device="cpu"), ArgumentError, "`device` must be left out")
+bad("load an object as float32", lambda b: rs.load(b.module, dtype="float32"), ArgumentError, "must be left out")
+bad("load as int8", lambda b: rs.load("./x", dtype="int8"), ArgumentError, "`dtype` must be one of float64, .*'int8'")
+bad("load as float61", lambda b: rs.load(b.module, dtype="float61"), ArgumentError, r"Did you mean 'float64'\?")
+bad("load with a tokenizer's name", lambda b: rs.load(b.module, tokenizer="gpt2"), ArgumentError, "`tokenizer` must be")
+
+# record
+bad("record a name", lambda b: rs.record("smollm2-135m", prompt()), ArgumentError, NO_MODEL)
+bad("record a raw module", lambda b: rs.record(b.module, prompt()), ArgumentError, NO_MODEL)
+bad("record plain text", lambda b: rs.record(b.model, "The"), PromptError, "`prompt` must be a resid_surgery.Prompt")
+bad("record other positions", lambda b: rs.record(b.model, prompt(), positions="al"), ArgumentError,
+    r"`positions` must be one of target, all; got 'al'. Did you mean 'all'\?")  # fmt: skip
+bad("record at an index", lambda b: rs.record(b.model, prompt(), positions=0), ArgumentError,
+    "`positions` must be one of target, all; got 0")  # fmt: skip
+bad("record text without tokenizer", lambda b: rs.record(b.model, rs.Prompt("a", target=9)), PromptError,
+    "opened without a tokenizer")  # fmt: skip
+bad("record a far id", lambda b: rs.record(b.model, prompt([97])), PromptError, r"`ids` must be .* 0..96 .*got 97")
+bad("record a far target", lambda b: rs.record(b.model, prompt(target=97)), PromptError, r"`target` must .*0..96.* 97")
+bad("record a negative target", lambda b: rs.record(b.model, prompt(target=-1)), PromptError, r"`target` must .* -1")
+bad(
+    "record itself as rival", lambda b: rs.record(b.model, prompt(versus=[9])), PromptError, "`versus` must be distinct"
+)
+bad("record too much", lambda b: rs.record(b.model, prompt([5] * 65)), PromptError, "has 65 tokens but .* at most 64")
+bad("record at position 4", lambda b: rs.record(b.model, prompt(position=4)), PromptError, r"must be .*-4..3; got 4")
+bad("record at no token", lambda b: rs.record(b.model, prompt(position="#9")), PromptError,
+    "position '#9' is not a token of the prompt; candidates are 0: '#5', 1: '#6'")  # fmt: skip
+
+# decompose, lens, stream_bs, predictions, spectrum
+bad("decompose text", lambda b: rs.decompose("rec"), ArgumentError, NO_RECORDING)
+bad("decompose a prompt", lambda b: rs.decompose(prompt()), ArgumentError, NO_RECORDING)
+bad("decompose by layr", lambda b: rs.decompose(b.rec, grain="layr"), ArgumentError, GRAINS + r".*mean 'layer'\?")
+bad("decompose by None", lambda b: rs.decompose(b.rec, grain=None), ArgumentError, GRAINS + "None")
+bad("lens of text", lambda b: rs.lens("rec"), ArgumentError, NO_RECORDING)
+bad("lens top 0", lambda b: rs.lens(b.rec, top=0), ArgumentError, "`top` must be a whole number in 1..97 for .*; got 0")
+bad("lens top 98", lambda b: rs.lens(b.rec, top=98), ArgumentError, "`top` must be .* in 1..97 for .*; got 98")
+bad("lens top True", lambda b: rs.lens(b.rec, top=True), ArgumentError, "`top` must be .*; got True")
+bad("stream_bs of text", lambda b: rs.stream_bs("rec"), ArgumentError, NO_RECORDING)
+bad("predictions of text", lambda b: rs.predictions("rec"), ArgumentError, NO_RECORDING)
+bad("predictions top 1.5", lambda b: rs.predictions(b.rec, top=1.5), ArgumentError, "`top` must be .*; got 1.5")
+bad("spectrum of text", lambda b: rs.spectrum("rec", "L0.N0"), ArgumentError, NO_RECORDING)
+bad("spectrum of L3", lambda b: rs.spectrum(b.rec, "L3.N0"), SiteError, THREE_LAYERS)
+bad("spectrum of N40", lambda b: rs.spectrum(b.rec, "L0.N40"), SiteError,
+    r"`index` must be in 0..39 for LlamaForCausalLM \(40 neurons a layer\); got 40")  # fmt: skip
+bad("spectrum of H4", lambda b: rs.spectrum(b.rec, "L0.H4"), SiteError, "`head` must be in 0..3 .* got 4")
+bad("spectrum of D6", lambda b: rs.spectrum(b.rec, "L0.H0.D6"), SiteError, "`index` must be in 0..5 .* got 6")
+bad("spectrum of a far source", lambda b: rs.spectrum(b.early, "L0.H0<2"), SiteError,
+    r"`L0.H0<2` reads source position 2, but the predicting position is 1 \(4 tokens\): sources are 0..1")  # fmt: skip
+bad("spectrum of a state", lambda b: rs.spectrum(b.rec, "L0.resid_mid"), SiteError, "is a state of the stream, not an")
+bad("spectrum of a constant", lambda b: rs.spectrum(b.rec, "unembed.bias"), SiteError, "is a constant of the readout")
+bad("spectrum of a bias that is not", lambda b: rs.spectrum(b.other, rs.Bias(9, "mlp")), SiteError, "`layer` must be")
+bad(
+    "spectrum of nonsense", lambda b: rs.spectrum(b.rec, "banana"), SiteError, "`site` must be a site such as L20.N1297"
+)
+bad("spectrum of nothing", lambda b: rs.spectrum(b.rec, []), SiteError, "`sites` must be at least one site")
+bad("spectrum top 49", lambda b: rs.spectrum(b.rec, "L0.N0", top=49), ArgumentError, "`top` must be .* 1..48 .* got 49")
+
+# scores
+bad("scores of text", lambda b: rs.scores("rec"), ArgumentError, NO_RECORDING)
+bad("scores of neurn", lambda b: rs.scores(b.rec, kind="neurn"), ArgumentError, KINDS + r"'neurn'. Did .*'neuron'\?")
+bad("scores under frosen", lambda b: rs.scores(b.rec, norm="frosen"), ArgumentError,
+    r"`norm` must be one of frozen, own; got 'frosen'. Did you mean 'frozen'\?")  # fmt: skip
+bad("scores of layer 3", lambda b: rs.scores(b.rec, layers=3), ArgumentError,
+    "`layers` must be a whole number in -3..2 for LlamaForCausalLM; got 3. Count from the end with -1.")  # fmt: skip
+bad("scores of layer -4", lambda b: rs.scores(b.rec, layers=[0, -4]), ArgumentError, "`layers` must be .* got -4")
+bad("scores of no layers", lambda b: rs.scores(b.rec, layers=[]), ArgumentError, "at least one layer .* None means all")
+bad(
+    "scores of layers in text", lambda b: rs.scores(b.rec, layers="01"), ArgumentError, "`layers` must be None, a layer"
+)
+bad("scores of layer True", lambda b: rs.scores(b.rec, layers=True), ArgumentError, "`layers` must be .* got True")
+bad("scores of layer 0.5", lambda b: rs.scores(b.rec, layers=[0.5]), ArgumentError, "`layers` must be .* got 0.5")
+bad("scores of a matrix of layers", lambda b: rs.scores(b.rec, layers=np.zeros((2, 2), int)), ArgumentError, "`layers`")
+
+# locate
+bad("locate in text", lambda b: rs.locate("rec"), ArgumentError, NO_RECORDING)
+bad("locate 0", lambda b: rs.locate(b.rec, k=0), ArgumentError, "`k` must be a whole number >= 1; got 0")
+bad("locate -1", lambda b: rs.locate(b.rec, k=-1), ArgumentError, "`k` must be a whole number >= 1; got -1")
+bad("locate True", lambda b: rs.locate(b.rec, k=True), ArgumentError, "`k` must be a whole number >= 1; got True")
+bad("locate 2.0", lambda b: rs.locate(b.rec, k=2.0), ArgumentError, "`k` must be a whole number >= 1; got 2.0")
+bad("locate '3'", lambda b: rs.locate(b.rec, k="3"), ArgumentError, "`k` must be a whole number >= 1; got '3'")
+bad(
+    "locate 2.5 in a tensor",
+    lambda b: rs.locate(b.rec, k=torch.tensor(2.5)),
+    ArgumentError,
+    "`k` must be .* got tensor",
+)
+bad("locate 121", lambda b: rs.locate(b.rec, k=121), ArgumentError,
+    "`k` must be a whole number in 1..120 for .*; got 121. There are 120 candidates of kind 'neuron'")  # fmt: skip
+bad("locate 41 in a layer", lambda b: rs.locate(b.rec, k=41, layers=1), ArgumentError, "`k` must be .* 1..40 .* got 41")
+bad("locate 49 heads", lambda b: rs.locate(b.rec, k=49, kind="head_source"), ArgumentError, "There are 48 candidates")
+bad("locate heads", lambda b: rs.locate(b.rec, kind="heads"), ArgumentError, KINDS + r"'heads'. Did you mean 'head'\?")
+bad("locate by log prob", lambda b: rs.locate(b.rec, score="logprob_increase"), ArgumentError,
+    r"`score` must be one of log_prob_increase; got .* Did you mean 'log_prob_increase'\?")  # fmt: skip
+bad(
+    "locate under a live norm",
+    lambda b: rs.locate(b.rec, norm="live"),
+    ArgumentError,
+    "`norm` must be one of frozen, own",
+)
+bad("locate the worst 'yes'", lambda b: rs.locate(b.rec, worst="yes"), ArgumentError, "`worst` must be True or False")
+
+# sources
+bad("sources in text", lambda b: rs.sources("rec", "L0.N0"), ArgumentError, NO_RECORDING)
+bad(
+    "sources of a sublayer",
+    lambda b: rs.sources(b.rec, "L0.attn"),
+    SiteError,
+    "`reader` must be a neuron .*; got L0.attn",
+)
+bad("sources of L3", lambda b: rs.sources(b.rec, "L3.N0"), SiteError, THREE_LAYERS)
+bad("sources of none", lambda b: rs.sources(b.rec, []), SiteError, "`sites` must be at least one site")
+bad("sources by layers", lambda b: rs.sources(b.rec, "L0.N0", grain="layers"), ArgumentError, GRAINS + r".*'layer'\?")
+bad("sources under an own norm", lambda b: rs.sources(b.rec, "L0.N0", norm="own"), ArgumentError,
+    "`norm` must be one of frozen, live; got 'own'")  # fmt: skip
+bad("sources top 0", lambda b: rs.sources(b.rec, "L0.N0", top=0), ArgumentError, "`top` must be .* >= 1; got 0")
+
+# interventions as values
+bad("zero nothing", lambda b: rs.Zero([]), SiteError, "`sites` must be at least one site")
+bad(
+    "zero None", lambda b: rs.Zero(None), SiteError, "`sites` must be a site, its text, or a sequence of them; got None"
+)
+bad("zero a bias", lambda b: rs.Zero("L0.mlp.bias"), SiteError, "is a constant of the weights; operate on its sublayer")
+bad("patch a constant", lambda b: rs.Patch("final_norm.bias", b.rec), SiteError, "is a constant of the weights")
+bad("steer the rounding", lambda b: rs.Steer("rounding", b.vector), SiteError, "is a constant of the weights")
+bad(
+    "zero at None", lambda b: rs.Zero("L0.N0", positions=None), ArgumentError, "`positions` must be 'target', 'all', an"
+)
+bad("zero at 1.5", lambda b: rs.Zero("L0.N0", positions=[0, 1.5]), ArgumentError, "`positions` must be .* got 1.5")
+bad("zero at True", lambda b: rs.Zero("L0.N0", positions=True), ArgumentError, "`positions` must be .* got True")
+bad(
+    "scale by NaN",
+    lambda b: rs.Scale("L0.N0", float("nan")),
+    ArgumentError,
+    "`factor` must be a finite number; got nan",
+)
+bad("scale by inf", lambda b: rs.Scale("L0.N0", float("-inf")), ArgumentError, "`factor` must be a finite .* got -inf")
+bad("scale by True", lambda b: rs.Scale("L0.N0", True), ArgumentError, "`factor` must be a finite number; got True")
+bad("scale by text", lambda b: rs.Scale("L0.N0", "2"), ArgumentError, "`factor` must be a finite number; got '2'")
+bad(
+    "steer by NaN",
+    lambda b: rs.Steer("L0.mlp", b.vector * torch.nan),
+    ArgumentError,
+    "`vector` must be .*finite floats",
+)
+bad("steer by inf", lambda b: rs.Steer("L0.mlp", b.vector / 0), ArgumentError, "`vector` must be .*finite floats")
+bad("steer by integers", lambda b: rs.Steer("L0.mlp", b.vector.long()), ArgumentError, "`vector` must .*float.*int64")
+bad(
+    "steer by a matrix", lambda b: rs.Steer("L0.mlp", b.vector[None]), ArgumentError, r"`vector` must .*shape \(1, 24\)"
+)
+bad("steer by text", lambda b: rs.Steer("L0.mlp", "up"), ArgumentError, "`vector` must be a vector of d_model numbers")
+bad("steer by None", lambda b: rs.Steer("L0.mlp", None), ArgumentError, "`vector` must be a vector .* got None")
+bad("patch from text", lambda b: rs.Patch("L0.mlp", "rec"), ArgumentError, "`donor` must be a recording from")
+bad("patch from a vector", lambda b: rs.Patch("L0.mlp", b.vector), ArgumentError, "`donor` must be a recording from")
+
+# intervene
+bad("intervene on text", lambda b: rs.intervene("rec", rs.Zero("L0.N0")), ArgumentError, NO_RECORDING)
+bad("intervene with nothing", lambda b: rs.intervene(b.rec, []), InterventionError, "must hold at least one operation")
+bad("intervene with None", lambda b: rs.intervene(b.rec, None), InterventionError, NO_INTERVENTIONS + "None")
+bad("intervene with a site", lambda b: rs.intervene(b.rec, "L0.N0"), InterventionError, NO_INTERVENTIONS + "'L0.N0'")
+bad("intervene with sites", lambda b: rs.intervene(b.rec, ["L0.N0"]), InterventionError, NO_INTERVENTIONS + "'L0.N0'")
+bad("intervene with a class", lambda b: rs.intervene(b.rec, rs.Zero), InterventionError, NO_INTERVENTIONS)
+bad("intervene with a good and a bad one", lambda b: rs.intervene(b.rec, [rs.Zero("L0.N0"), 5]), InterventionError,
+    NO_INTERVENTIONS + "5")  # fmt: skip
+bad(
+    "intervene with -1 movers",
+    lambda b: rs.intervene(b.rec, rs.Zero("L0.N0"), movers=-1),
+    ArgumentError,
+    "`movers` must",
+)
+bad("zero in L3", on(lambda b: rs.Zero("L3.N0")), SiteError, THREE_LAYERS)
+bad("zero in L-4", on(lambda b: rs.Zero("L-4.mlp")), SiteError, "`layer` must be in 0..2 .*; got -4")
+bad("zero N40", on(lambda b: rs.Zero(["L0.N0", "L0.N40"])), SiteError, "`index` must be in 0..39 .* got 40")
+bad("scale D6", on(lambda b: rs.Scale("L0.H0.D6", 2.0)), SiteError, "`index` must be in 0..5 .* got 6")
+bad("zero a far source", on(lambda b: rs.Zero("L0.H0<4")), SiteError, "reads source position 4, but the predicting")
+bad("zero a later source", on(lambda b: rs.Zero("L0.H0<2", positions=1)), SiteError,
+    "`L0.H0<2` has no source 2 at position 1: attention is causal")  # fmt: skip
+bad("zero a parallel mid", lambda b: rs.intervene(b.parallel, rs.Zero("L1.resid_mid")), SiteError,
+    "`L1.resid_mid` does not exist for .* blocks are parallel .* Use resid_pre or resid_post")  # fmt: skip
+bad("zero at 4", on(lambda b: rs.Zero("L0.mlp", positions=4)), PromptError, r"`positions` must be .* -4..3; got 4")
+bad("zero at -5", on(lambda b: rs.Zero("L0.mlp", positions=[0, -5])), PromptError, r"`positions` must be .* got -5")
+bad("zero at no token", on(lambda b: rs.Zero("L0.mlp", positions="Rome")), PromptError,
+    "position 'Rome' is not a token of the prompt; candidates are 0: '#5'")  # fmt: skip
+bad("zero at no position", on(lambda b: rs.Zero("L0.mlp", positions=[])), PromptError, "at least one position")
+bad("zero twice", on(lambda b: rs.Zero("L0.N0"), lambda b: rs.Zero("L0.N0")), InterventionError,
+    r"Zero\(\['L0.N0'\]\) and Zero\(\['L0.N0'\]\) both write L0.N0 at position 3. Keep one, or use Scale")  # fmt: skip
+bad("zero the same site twice", on(lambda b: rs.Zero(["L0.N0", "L0.N0"])), InterventionError, "both write L0.N0 at")
+bad("scale the same site twice", on(lambda b: rs.Scale(["L0.N0", "L0.N0"], 2.0)), InterventionError, "both write L0.N0")
+bad("zero it under two names", on(lambda b: rs.Zero("L2.N0"), lambda b: rs.Zero("L-1.N0")), InterventionError,
+    "both write L2.N0 at position 3")  # fmt: skip
+bad("zero it at two names of a place", on(*(lambda b, at=at: rs.Zero("L0.H1", positions=at) for at in (3, -1))),
+    InterventionError, "both write L0.H1 at position 3")  # fmt: skip
+bad("zero a neuron in a zeroed MLP", on(lambda b: rs.Zero("L0.mlp"), lambda b: rs.Zero("L0.N3")), InterventionError,
+    "both write L0.mlp and L0.N3, one inside the other, at position 3")  # fmt: skip
+bad("zero a head in a scaled sublayer", on(lambda b: rs.Zero("L0.H1"), lambda b: rs.Scale("L0.attn", 2.0)),
+    InterventionError, "both write L0.H1 and L0.attn, one inside the other")  # fmt: skip
+bad("zero a source in a zeroed head", on(lambda b: rs.Zero("L0.H1"), lambda b: rs.Zero("L0.H1<2")), InterventionError,
+    "both write L0.H1 and L0.H1<2, one inside the other")  # fmt: skip
+bad("zero a coordinate and a source", on(lambda b: rs.Zero("L0.H1.D2"), lambda b: rs.Zero("L0.H1<2")),
+    InterventionError, "both write L0.H1.D2 and L0.H1<2, one inside the other")  # fmt: skip
+bad("zero the embedding and the state", on(lambda b: rs.Zero("embed"), lambda b: rs.Zero("L0.resid_pre")),
+    InterventionError, "both write L0.resid_pre at position 3")  # fmt: skip
+bad("zero a state twice", on(lambda b: rs.Zero("L0.resid_post"), lambda b: rs.Zero("L1.resid_pre")), InterventionError,
+    "both write L0.resid_post and L1.resid_pre")  # fmt: skip
+bad("patch what is steered", on(lambda b: rs.Patch("L0.mlp", b.everywhere), lambda b: rs.Steer("L0.mlp", b.vector)),
+    InterventionError, "both write L0.mlp at position 3")  # fmt: skip
+bad("steer by 23", on(lambda b: rs.Steer("L0.mlp", b.vector[1:])), ArgumentError,
+    "`vector` must be 24 numbers for LlamaForCausalLM; got 23")  # fmt: skip
+bad("patch from another model", on(lambda b: rs.Patch("L0.mlp", b.other)), InterventionError,
+    "`donor` must be a recording of the same opened model")  # fmt: skip
+bad("patch from another length", on(lambda b: rs.Patch("L0.mlp", b.short)), InterventionError,
+    r"`donor` must have as many tokens as the recording \(4\); got 2 \(\['#5', '#6'\]\)")  # fmt: skip
+bad("patch without a stream", on(lambda b: rs.Patch("L0.mlp", b.rec, positions=0)), InterventionError,
+    "`donor` has no value of L0.mlp at position 0: it holds only its predicting .*positions='all'")  # fmt: skip
+bad("patch at another prediction", on(lambda b: rs.Patch("L0.N3", b.early)), InterventionError,
+    "`donor` has no value of L0.N3 at position 3: it holds only its predicting position")  # fmt: skip
+bad("patch a neuron elsewhere", on(lambda b: rs.Patch("L0.N3", b.everywhere, positions=0)), InterventionError,
+    "`donor` has no value of L0.N3 at position 0: only whole sublayers and states are kept there")  # fmt: skip
+
+# intervene_each
+bad("no rows", lambda b: rs.intervene_each(b.rec, []), InterventionError, "`rows` must be a non-empty list")
+bad("rows None", lambda b: rs.intervene_each(b.rec, None), InterventionError, "`rows` must be a non-empty list")
+bad("rows 5", lambda b: rs.intervene_each(b.rec, 5), InterventionError, "`rows` must be a non-empty list")
+bad(
+    "rows one intervention", lambda b: rs.intervene_each(b.rec, rs.Zero("L0.N0")), InterventionError, "`rows` must be a"
+)
+bad(
+    "rows an empty row", lambda b: rs.intervene_each(b.rec, [[rs.Zero("L0.N0")], []]), InterventionError, "at least one"
+)
+bad("rows a late bad one", lambda b: rs.intervene_each(b.rec, [rs.Zero("L0.N0"), rs.Zero("L3.N0")]), SiteError,
+    THREE_LAYERS)  # fmt: skip
+bad("rows of text", lambda b: rs.intervene_each("rec", [rs.Zero("L0.N0")]), ArgumentError, NO_RECORDING)
+
+# facts, check, operate, plot_stream
+bad("facts of captial", lambda b: rs.facts("captial"), PromptError, r"`kind` must be one of .*Did you mean 'capital'\?")
+bad("facts of None", lambda b: rs.facts(None), PromptError, "`kind` must be one of language, .* got None")
+bad("facts top 0", lambda b: rs.facts("month", model=b.model, top=0), ArgumentError, "`top` must be .* >= 1; got 0")
+bad("facts of a name", lambda b: rs.facts("month", model="smollm2-135m"), ArgumentError, NO_MODEL)
+bad("facts without tokenizer", lambda b: rs.facts("month", model=b.model), PromptError, "opened without a tokenizer")
+bad("check a name", lambda b: rs.check("smollm2-135m"), ArgumentError, NO_MODEL)
+bad("check a raw module", lambda b: rs.check(b.module), ArgumentError, NO_MODEL)
+bad("check a recording", lambda b: rs.check(b.rec), ArgumentError, NO_MODEL)
+bad("operate on a name", lambda b: rs.operate("smollm2-135m", prompt()), ArgumentError, NO_MODEL)
+bad("operate on text", lambda b: rs.operate(b.model, "The"), PromptError, "`prompt` must be a resid_surgery.Prompt")
+bad(
+    "operate on a recording",
+    lambda b: rs.operate(b.model, b.rec),
+    PromptError,
+    "`prompt` must be a resid_surgery.Prompt",
+)
+bad("operate on 0", lambda b: rs.operate(b.model, prompt(), k=0), ArgumentError, "`k` must be a whole number .*; got 0")
+bad("operate on 1.0", lambda b: rs.operate(b.model, prompt(), k=1.0), ArgumentError, "`k` must be .*; got 1.0")
+bad("operate on 121", lambda b: rs.operate(b.model, prompt(), k=121), ArgumentError, "`k` must be .*1..120 .*; got 121")
+bad(
+    "operate with no readers",
+    lambda b: rs.operate(b.model, prompt(), readers=0),
+    ArgumentError,
+    "`readers` must be .* 0",
+)
+bad(
+    "plot text",
+    lambda b: rs.plot_stream("stream"),
+    ArgumentError,
+    "`stream` must be a table from resid_surgery.stream_bs",
+)
+
+
+@pytest.mark.parametrize(("call", "error", "said"), TABLE)
+def test_a_bad_call_gives_one_clear_error_before_any_forward_runs(
+    bench: Bench, forwards: list[str], call: Call, error: type[ResidSurgeryError], said: str
+) -> None:
+    with pytest.raises(ResidSurgeryError, match=said) as caught:
+        call(bench)
+    assert type(caught.value) is error
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+    assert forwards == []
+
+
+def test_the_table_is_long_and_says_each_thing_once() -> None:
+    names = [row.id for row in TABLE]
+    assert len(names) >= 45
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("module", WHO_RUNS_FORWARDS, ids=lambda m: m.__name__)
+def test_good_calls_are_seen_to_run_forwards(bench: Bench, forwards: list[str], module: Any) -> None:
+    """The counter that the table relies on counts in every module."""
+    model = rs.load(tiny.build("llama"), tokenizer=word_tokenizer())
+    runs: dict[Any, Callable[[], object]] = {
+        recording: lambda: rs.record(bench.model, prompt()),
+        closing: lambda: rs.load(tiny.build("llama")),
+        knowing: lambda: knowing._known(model, [rs.record(model, prompt()).prompt], torch.tensor([9, 10]), 5),
+        engine: lambda: rs.intervene(bench.rec, rs.Zero("L0.N0")),
+        checking: lambda: rs.check(bench.model),
+    }
+    forwards.clear()
+    assert runs[module]() is not None
+    assert module.__name__ in forwards
+
+
+def test_the_recording_is_as_good_as_before_after_every_bad_call(bench: Bench) -> None:
+    before = rs.decompose(bench.rec)
+    for row in TABLE:
+        with contextlib.suppress(Exception):
+            row.values[0](bench)
+    assert rs.decompose(bench.rec).equals(before)
+    assert float(rs.intervene(bench.rec, rs.Zero("L0.N0")).table["closure"].max()) < 1e-6
+
+
+# --- calls that look odd and are good -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "layers", [[0, 2], (2, 0), range(0, 3, 2), {0, -1}, np.array([0, 2]), torch.tensor([2, 0, 2])], ids=str
+)
+def test_any_sequence_of_layers_is_taken(bench: Bench, layers: Any) -> None:
+    assert set(rs.scores(bench.rec, layers=layers)["layer"]) == {0, 2}
+
+
+@pytest.mark.parametrize("layer", [1, -2, np.int64(1), torch.tensor(1)], ids=repr)
+def test_one_layer_is_taken(bench: Bench, layer: Any) -> None:
+    assert set(rs.scores(bench.rec, layers=layer)["layer"]) == {1}
+
+
+@pytest.mark.parametrize("k", [3, np.int32(3), torch.tensor(3)], ids=repr)
+def test_any_whole_number_is_taken(bench: Bench, k: Any) -> None:
+    assert len(rs.locate(bench.rec, k=k).sites) == 3
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        pytest.param(lambda: [0, 3], id="list"),
+        pytest.param(lambda: (0, -1), id="tuple"),
+        pytest.param(lambda: np.array([0, 3]), id="array"),
+        pytest.param(lambda: torch.tensor([0, 3]), id="tensor"),
+        pytest.param(lambda: iter([0, 3]), id="iterator"),
+        pytest.param(lambda: ["#5", "target"], id="texts"),
+    ],
+)
+def test_any_sequence_of_positions_is_taken_and_shown(bench: Bench, positions: Any) -> None:
+    wanted = rs.intervene(bench.rec, rs.Zero("L0.mlp", positions=[0, 3])).table
+    effect = rs.intervene(bench.rec, rs.Zero("L0.mlp", positions=positions()))
+    assert effect.table.equals(wanted)
+    assert "positions=" in repr(effect)
+
+
+@pytest.mark.parametrize("factor", [2, 2.0, np.float64(2), np.float32(2), np.int64(2)], ids=repr)
+def test_any_finite_number_is_a_factor(bench: Bench, factor: Any) -> None:
+    assert rs.Scale("L0.N0", factor) == rs.Scale("L0.N0", 2.0)
+
+
+@pytest.mark.parametrize("wrap", [list, tuple, iter, lambda ones: (one for one in ones)])
+def test_any_iterable_of_interventions_is_run_and_remembered(bench: Bench, wrap: Callable[[Any], Any]) -> None:
+    ones = [rs.Zero("L0.N0"), rs.Scale("L1.N1", 2.0)]
+    effect = rs.intervene(bench.rec, wrap(ones))
+    assert effect.interventions == tuple(ones)
+    assert effect.table.equals(rs.intervene(bench.rec, ones).table)
+
+
+def test_scales_and_steers_may_meet_in_one_place(bench: Bench) -> None:
+    both = [rs.Scale("L0.mlp", 2.0), rs.Scale("L0.N3", 0.5), rs.Steer("L0.mlp", bench.vector)]
+    one, other = (rs.intervene(bench.rec, order).table for order in (both, both[::-1]))
+    assert one.equals(other)
+    assert one["bs_change"].abs().max() > 0
+
+
+def test_one_donor_may_serve_everywhere_when_it_was_recorded_everywhere(bench: Bench) -> None:
+    donor = rs.record(bench.model, prompt([1, 2, 3, 4]), positions="all")
+    effect = rs.intervene(bench.rec, rs.Patch("embed", donor, positions="all"))
+    wanted = rs.record(bench.model, prompt([1, 2, 3, 4], versus=[10])).bs_values
+    assert torch.allclose(effect.after.bs, wanted, atol=1e-6)
+
+
+def test_a_spectrum_of_several_sites_is_the_spectra_of_each(bench: Bench) -> None:
+    sites = ["L0.N0", rs.Head(2, 1), "embed"]
+    both = rs.spectrum(bench.rec, sites, top=3)
+    for site in sites:
+        one = rs.spectrum(bench.rec, site, top=3)
+        found = both[both["site"] == str(site)].reset_index(drop=True)
+        assert list(found["token_id"]) == list(one["token_id"])
+        assert np.allclose(found["bs_value"], one["bs_value"])
+    assert set(both["site"]) == set(map(str, sites))
