@@ -6,6 +6,8 @@ what to do: ``"`k` must be a whole number from 1 to 46080 for SmolLM2-135M; got 
 
 import difflib
 import math
+import numbers
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,17 +32,27 @@ def whole(
 ) -> int:
     """`value` as an int within low..high (bools and floats are refused)."""
     span = f"a whole number >= {low}" if high is None else f"a whole number in {low}..{high}"
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    number = index_of(value)
+    if number is None:
         raise error(message(name, span, value, model=model, do=do))
-    number = int(value.__index__())
     if number < low or (high is not None and number > high):
         raise error(message(name, span, number, model=model, do=do))
     return number
 
 
+def index_of(value: Any) -> int | None:
+    """`value` as an int if it is a whole number by type (numpy and torch scalars too), else None."""
+    if isinstance(value, (bool, str, bytes)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
 def finite(name: str, value: Any, *, error: type[ResidSurgeryError] = ArgumentError) -> float:
     """`value` as a finite float."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise error(message(name, "a finite number", value))
     return float(value)
 
@@ -58,7 +70,7 @@ def layers(value: Any, n_layers: int, *, model: str | None = None) -> tuple[int,
     """A layer subset as sorted distinct indices; None means all, negative counts from the end."""
     if value is None:
         return tuple(range(n_layers))
-    given: Iterable[Any] = [value] if hasattr(value, "__index__") else value
+    given: Iterable[Any] = [value] if index_of(value) is not None else value
     if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
         raise ArgumentError(message("layers", "None, a layer or a sequence of layers", value, model=model))
     do = "Count from the end with -1."
@@ -69,5 +81,5 @@ def layers(value: Any, n_layers: int, *, model: str | None = None) -> tuple[int,
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 120 else text[:117] + "..."

@@ -26,6 +26,7 @@ from typing import Any, Literal, Protocol, final
 from resid_surgery._check import choice, message, whole
 from resid_surgery.errors import SiteError
 
+LARGEST = 999_999_999
 CONSTANTS = ("embed", "final_norm.bias", "unembed.bias", "rounding")
 
 
@@ -53,10 +54,11 @@ class Site:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in ("part", "stage", "name") or (field.name == "source" and value is None):
+            optional = field.name == "source" and field.default is None
+            if field.name in ("part", "stage", "name") or (optional and value is None):
                 continue
-            low = -(10**9) if field.name == "layer" else 0
-            object.__setattr__(self, field.name, whole(field.name, value, low, error=SiteError))
+            span = (-LARGEST, LARGEST) if field.name == "layer" else (0, None)
+            object.__setattr__(self, field.name, whole(field.name, value, *span, error=SiteError))
 
     def resolve(self, sizes: Sizes) -> "Site":
         """The same site with a non-negative layer, checked against a model's sizes.
@@ -208,14 +210,17 @@ class Constant(Site):
 
 
 _PATTERNS: tuple[tuple[re.Pattern[str], Callable[..., Site]], ...] = (
-    (re.compile(r"L(-?\d+)\.N(\d+)"), lambda a, b: Neuron(int(a), int(b))),
-    (re.compile(r"L(-?\d+)\.H(\d+)"), lambda a, b: Head(int(a), int(b))),
-    (re.compile(r"L(-?\d+)\.H(\d+)<(\d+)"), lambda a, b, c: HeadSource(int(a), int(b), int(c))),
-    (re.compile(r"L(-?\d+)\.H(\d+)\.D(\d+)"), lambda a, b, c: AttnNeuron(int(a), int(b), int(c))),
-    (re.compile(r"L(-?\d+)\.H(\d+)\.D(\d+)<(\d+)"), lambda a, b, c, d: AttnNeuron(int(a), int(b), int(c), int(d))),
-    (re.compile(r"L(-?\d+)\.(attn|mlp)"), lambda a, b: Sublayer(int(a), b)),
-    (re.compile(r"L(-?\d+)\.resid_(pre|mid|post)"), lambda a, b: Resid(int(a), b)),
-    (re.compile(r"L(-?\d+)\.(attn|mlp)\.bias"), lambda a, b: Bias(int(a), b)),
+    (re.compile(r"L(-?[0-9]{1,9})\.N([0-9]{1,9})"), lambda a, b: Neuron(int(a), int(b))),
+    (re.compile(r"L(-?[0-9]{1,9})\.H([0-9]{1,9})"), lambda a, b: Head(int(a), int(b))),
+    (re.compile(r"L(-?[0-9]{1,9})\.H([0-9]{1,9})<([0-9]{1,9})"), lambda a, b, c: HeadSource(int(a), int(b), int(c))),
+    (re.compile(r"L(-?[0-9]{1,9})\.H([0-9]{1,9})\.D([0-9]{1,9})"), lambda a, b, c: AttnNeuron(int(a), int(b), int(c))),
+    (
+        re.compile(r"L(-?[0-9]{1,9})\.H([0-9]{1,9})\.D([0-9]{1,9})<([0-9]{1,9})"),
+        lambda a, b, c, d: AttnNeuron(int(a), int(b), int(c), int(d)),
+    ),
+    (re.compile(r"L(-?[0-9]{1,9})\.(attn|mlp)"), lambda a, b: Sublayer(int(a), b)),
+    (re.compile(r"L(-?[0-9]{1,9})\.resid_(pre|mid|post)"), lambda a, b: Resid(int(a), b)),
+    (re.compile(r"L(-?[0-9]{1,9})\.(attn|mlp)\.bias"), lambda a, b: Bias(int(a), b)),
 )
 
 

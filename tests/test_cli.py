@@ -196,7 +196,7 @@ def test_operate_as_json_holds_every_table(cli: Cli, asked: list[Any], rec: Any)
     assert done.code == 0
     assert done.err == ""
     body = done.json()
-    assert set(body) == {"schema", "tokens", "closure", "seconds", *TABLES}
+    assert set(body) == {"schema", "tokens", "position", "target", "versus", "closure", "seconds", *TABLES}
     assert body["schema"] == 1
     assert body["tokens"] == ["The", " capital", " of", " France", " is"]
     assert set(body["closure"]) == {"ledger", "sources", "effects"}
@@ -378,10 +378,10 @@ BAD_ARGUMENTS = {
     "an option without its value": (["operate", TEXT, "--target"], "--target"),
     "a second text": (["operate", TEXT, "more", "--target", " Paris"], "more"),
     "k is 0": (["operate", TEXT, "--target", " Paris", "-k", "0"], "-k"),
-    "k is a word": (["locate", TEXT, "--target", " Paris", "-k", "ten"], "ten"),
+    "k is a word": (["locate", TEXT, "--target", " Paris", "-k", "ten"], "-k"),
     "rows is -1": (["decompose", TEXT, "--target", " Paris", "--rows", "-1"], "--rows"),
     "top is 0": (["sources", TEXT, "--target", " Paris", "--top", "0"], "--top"),
-    "a layer is a word": (["locate", TEXT, "--target", " Paris", "--layer", "last"], "last"),
+    "a layer is a word": (["locate", TEXT, "--target", " Paris", "--layer", "last"], "--layer"),
     "an argument too many": (["families", "llama"], "llama"),
 }
 

@@ -534,7 +534,7 @@ def test_an_unknown_device_is_refused(saved: Path, device: Any) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_a_device_that_the_machine_does_not_have_is_refused(saved: Path) -> None:
     said = refusal(ArgumentError, saved, device="cuda")
-    assert said == "`device` must be a device of this machine; got 'cuda'. There is no CUDA device here."
+    assert said.startswith("`device` must be a device of this machine; got 'cuda'. torch says: ")
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has an MPS device")

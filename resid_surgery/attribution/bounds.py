@@ -27,6 +27,8 @@ from resid_surgery.stream.recording import Recording
 from resid_surgery.stream.subvalues import Block, Square
 from resid_surgery.stream.vocabulary import Readout
 
+MOST_DOUBT = 0.05
+
 
 @final
 class UpperBounds:
@@ -50,48 +52,54 @@ class UpperBounds:
         eps = torch.finfo(p.dtype).eps
         self.per_length = 8 * eps * math.sqrt(rec.model.anatomy.d_model) * float(self.row_norms.max())
         self.flat = 8 * eps * (1 + math.log(rec.model.vocab_size))
+        self.size = 8 * eps * states.bs.abs().amax(0)
 
     def of(self, block: Block, state: int) -> Float[Tensor, " count"]:
         """Upper bounds (nats), rounding slack included; exactly 0 where the addend is zero."""
         directions = self.g[state][None] if self.cap is None else torch.stack([self.g[state], self.w[0]])
-        dots, length, rounding = self._moved(block, state, directions)
-        slack = self.per_length * (length + rounding) + self.flat
+        dots, length, rounding, doubt = self._moved(block, state, directions)
+        slack = self.per_length * (length + rounding) + self.flat + self.size[state] + 2 * doubt
         if self.cap is None:
             bound = dots[0]
         else:
             b_w = self.states.bs[self.states.token, state]
             gain = self.readout.cap(b_w + dots[1]) - self.readout.cap(b_w)
             bound = gain - dots[0] + self.curve[state] * (length + rounding).square()
-        bound = bound + slack
+        bound = (bound + slack).nan_to_num(nan=torch.inf, posinf=torch.inf)
         return bound if block.zero is None else bound.masked_fill(block.zero, 0.0)
 
-    def _moved(self, block: Block, state: int, g: Float[Tensor, "m d_model"]) -> tuple[Tensor, Tensor, Tensor]:
-        """g . e, |e| and the rounding of |e|, for every candidate."""
+    def _moved(self, block: Block, state: int, g: Float[Tensor, "m d_model"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """g . e, |e|, the rounding of |e| and that of g . e, for every candidate."""
         norm, s = self.readout.norm, self.readout.s
         if not self.states.own:
             length = block.squares(Square(norm, gained=True)).sqrt() / s
-            return block.project(norm.pull(g, s)), length, torch.zeros_like(length)
+            nothing = torch.zeros_like(length)
+            return block.project(norm.pull(g, s)), length, nothing, nothing
         x = self.states.x[state]
         one = torch.ones_like(s)
         cx, nx = norm.centre(x), norm.linear(x, one)  # nx = gain * centre(x)
         pulled = torch.cat([norm.pull(g, one), cx[None], norm.pull(nx[None], one)])
         dots = block.project(pulled)
         spread = block.squares(Square(norm, gained=False))
-        d, s0 = x.shape[-1], norm.scale(x)
-        moved = (((cx @ cx + 2 * dots[-2] + spread) / d).clamp_min(0) + norm.eps).sqrt()
-        e_dot = (pulled[:-2] @ x[:, None] + dots[:-2]) / moved - (pulled[:-2] @ x[:, None]) / s0
+        d, s0, eps = x.shape[-1], norm.scale(x), 8 * torch.finfo(x.dtype).eps
+        square = ((cx @ cx + 2 * dots[-2] + spread) / d).clamp_min(0) + norm.eps
+        moved, gx = square.sqrt(), pulled[:-2] @ x[:, None]
+        e_dot = (gx + dots[:-2]) / moved - gx / s0
         v_n = block.squares(Square(norm, gained=True))
         terms = torch.stack(
             [
-                (nx @ nx + 2 * dots[-1] + v_n) / moved.square(),
+                (nx @ nx + 2 * dots[-1] + v_n) / square,
                 -2 * (nx @ nx + dots[-1]) / (moved * s0),
-                nx @ nx / s0**2 + 0 * v_n,
+                (nx @ nx / s0**2).expand_as(v_n),
             ]
         )
-        eps = torch.finfo(x.dtype).eps
-        size = terms.abs().sum(0)
-        # |e|^2 is a difference of large terms: what rounding can hide there is added to |e|.
-        return e_dot, terms.sum(0).clamp_min(0).sqrt(), (8 * eps * size).sqrt() + 0 * size
+        # Where v nearly cancels x, the squared scale is a difference of large numbers: what rounding
+        # can hide there moves everything that is divided by it. Hopeless cases are evaluated.
+        relative = eps * ((cx @ cx + 2 * dots[-2].abs() + spread) / d) / square
+        doubt = relative * (gx + dots[:-2]).abs() / moved + eps * ((gx.abs() + dots[:-2].abs()) / moved + gx.abs() / s0)
+        doubt = torch.where(relative > MOST_DOUBT, torch.inf, doubt).amax(0)
+        hidden = (eps + relative) * terms.abs().sum(0)
+        return e_dot, terms.sum(0).clamp_min(0).sqrt(), hidden.sqrt(), doubt
 
 
 def unembedding_row_norms(rec: Recording, readout: Readout) -> Float[Tensor, " vocabulary"]:

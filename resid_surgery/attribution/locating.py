@@ -167,7 +167,7 @@ class _Search:
             if done < len(order) and len(best) >= k:
                 threshold = best.topk(k).values[-1]
                 # a bound that only ties the k-th best may still win the tie: keep going on equality
-                step = int((bounds[order[done:]] >= threshold - _tie_width(threshold)).sum())
+                step = int((bounds[order[done:]] >= threshold - 2 * _tie_width(threshold)).sum())
                 if step == 0:
                     break
                 step = min(step, 64)
@@ -187,16 +187,23 @@ class _Search:
 
     def _first(self, k: int, *, descending: bool) -> list[int]:
         numbers = torch.nonzero(~self.known.isnan())[:, 0]
+        if len(numbers) > 2 * k:  # ties with the k-th stay in
+            edge = self.known[numbers].topk(k, largest=descending).values[-1]
+            sign = 1 if descending else -1
+            numbers = numbers[sign * self.known[numbers] >= sign * edge - 2 * _tie_width(edge)]
         return [int(numbers[i]) for i in rank(self.known[numbers], descending=descending)[:k]]
 
 
 def rank(values: Tensor, *, descending: bool = True) -> list[int]:
-    """Indices in order of value; runs of neighbours closer than rounding are ties, by index."""
+    """Indices in order of value; values within rounding of the first of their run are ties, by index."""
     order = torch.argsort(values, descending=descending, stable=True)
-    ordered = values[order]
-    close = (ordered[1:] - ordered[:-1]).abs() <= _tie_width(ordered[:-1])
-    run = torch.cat([torch.zeros(1, dtype=torch.long), (~close).cumsum(0)])
-    return [i for _, i in sorted(zip(run.tolist(), order.tolist(), strict=True))]
+    ordered, widths = values[order].tolist(), _tie_width(values[order]).tolist()
+    runs, first, number = [], 0, 0
+    for i, value in enumerate(ordered):
+        if abs(value - ordered[first]) > widths[first]:
+            first, number = i, number + 1
+        runs.append(number)
+    return [i for _, i in sorted(zip(runs, order.tolist(), strict=True))]
 
 
 def _tie_width(value: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class States:
     Attributes:
         readout: the recording's. own: each state read with its own norm. token: the target id w.
         x: (state, d_model). bs: (vocabulary, state) with constants, before a cap.
-        p: (vocabulary, state) softmax(cap(bs)).
+        p: (vocabulary, state) softmax(cap(bs)). log_z: (state,) log-sum-exp of cap(bs).
         index: (layer, part) -> number of a state.
     """
 
@@ -51,6 +51,7 @@ class States:
     x: Float[Tensor, "state d_model"]
     bs: Float[Tensor, "vocabulary state"]
     p: Float[Tensor, "vocabulary state"]
+    log_z: Float[Tensor, " state"]
     index: dict[tuple[int, str], int]
 
     @classmethod
@@ -70,7 +71,12 @@ class States:
         bs = readout.columns(readout.norm.linear(x, readout.norm.scale(x) if own else readout.s))
         if readout.constants is not None:
             bs += readout.constants[:, None]
-        return cls(readout, own, rec.prompt.target, x, bs, torch.softmax(readout.cap(bs), 0), index)
+        z = readout.cap(bs)
+        top = z.amax(0)
+        p = (z - top).exp_()
+        total = p.sum(0, dtype=torch.float64)  # a plain float32 sum over 50k rows is off by 1e-4
+        p /= total.to(p.dtype)
+        return cls(readout, own, rec.prompt.target, x, bs, p, (total.log() + top).to(p.dtype), index)
 
     def normed(self, which: Int[Tensor, " n"], v: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
         """N(x + v) - N(x): linear in v under the frozen norm."""
@@ -98,16 +104,29 @@ class States:
             bs = self.bs[:, which]
             d = self.readout.cap(bs + d).sub_(self.readout.cap(bs))
         gain = d[self.token].clone()
-        top = d.amax(0)
-        if float(top.abs().max()) > SAFE_EXPONENT:
-            d -= top
-        else:  # exp cannot overflow, nor all of it vanish: spare a pass over the vocabulary
-            top = torch.zeros_like(top)
-        d.exp_()
+        if float(torch.stack(d.aminmax()).abs().max()) > SAFE_EXPONENT:
+            return gain - self._log_mean_exp(which, d)
+        d.expm1_()  # log sum p exp(D) = log1p(sum p (exp(D) - 1)): exact for small D, and C(0) = 0
         sums = torch.empty_like(gain)
         for low, high, state in _runs(which.tolist()):
-            sums[low:high] = self.p[:, state] @ d[:, low:high]
-        return gain - top - sums.log_()
+            sums[low:high] = weighted_sum(self.p[:, state], d[:, low:high])
+        return gain - sums.log1p_()
+
+    def _log_mean_exp(self, which: Tensor, d: Tensor) -> Tensor:
+        """log sum_i p_i exp(D_i) in the log domain, where exp would overflow or p has underflowed."""
+        d += self.readout.cap(self.bs[:, which])
+        top = d.amax(0)
+        total = d.sub_(top).exp_().sum(0, dtype=torch.float64)
+        return (total.log() + top - self.log_z[which]).to(d.dtype)
+
+
+def weighted_sum(
+    p: Float[Tensor, " vocabulary"], d: Float[Tensor, "vocabulary n"], block: int = 512
+) -> Float[Tensor, " n"]:
+    """sum_i p_i d_i in blocks: one long float32 product would be off by 1e-4 over 50k rows."""
+    n = len(p) // block * block
+    parts = torch.bmm(p[:n].reshape(n // block, 1, block), d[:n].view(n // block, block, d.shape[1]))
+    return parts.sum(0)[0] + p[n:] @ d[n:]
 
 
 def _runs(which: list[int]) -> Iterator[tuple[int, int, int]]:

@@ -6,6 +6,7 @@ models, files and tokens that are no good give one line and exit code 2.
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,8 +60,8 @@ def operate(
         done = run_operate(opened, prompt, k=k)
         files = [] if folder is None else write_operated(done, folder)
     if as_json:
-        _print_json({"tokens": list(done.rec.prompt.tokens), "closure": done.closure(), "seconds": done.seconds},
-                    done.tables(), files)  # fmt: skip
+        about = _said(done.rec) | {"closure": done.closure(), "seconds": done.seconds}
+        _print_json(about, done.tables(), files)
     else:
         view.show_operated(view.console(), done, files)
 
@@ -82,7 +83,7 @@ def decompose(
 
     opened, prompt = _load(model, dtype, device), _prompt(text, target, versus)
     rec = rs.record(opened, prompt)
-    _show(rs.decompose(rec, grain=grain), rows, as_json, heading=_tokens(rec))
+    _show(rs.decompose(rec, grain=grain), rows, as_json, heading=_tokens(rec), extra=_said(rec))
 
 
 @app.command()
@@ -108,8 +109,8 @@ def locate(
     rec = rs.record(opened, prompt)
     with _busy("locating"):
         found = rs.locate(rec, k=k, kind=kind, norm=norm, worst=worst, layers=layer or None)
-    _show(found.table, rows, as_json, heading=f"{_tokens(rec)}\n{found!r}",
-          extra={"evaluations": found.evaluations, "candidates": found.candidates, "proof": found.proof})  # fmt: skip
+    proof = {"evaluations": found.evaluations, "candidates": found.candidates, "proof": found.proof}
+    _show(found.table, rows, as_json, heading=f"{_tokens(rec)}\n{found!r}", extra=_said(rec) | proof)
 
 
 @app.command()
@@ -135,12 +136,16 @@ def sources(
     opened, prompt = _load(model, dtype, device), _prompt(text, target, versus)
     rec = rs.record(opened, prompt)
     readers = reader or [str(s) for s in rs.locate(rec, k=3).sites]
-    _show(rs.sources(rec, readers, grain=grain, top=top, norm=norm), rows, as_json, heading=_tokens(rec))
+    _show(
+        rs.sources(rec, readers, grain=grain, top=top, norm=norm), rows, as_json, heading=_tokens(rec), extra=_said(rec)
+    )
 
 
 @app.command()
 def check(
-    model: Annotated[str, typer.Argument(metavar="[MODEL]")] = "smollm2-135m",
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="smollm2-135m (embedded), a hub id, a folder or a .gguf file.")
+    ] = "smollm2-135m",
     as_json: AsJson = False,
     dtype: Dtype = None,
     device: Device = None,
@@ -166,20 +171,32 @@ def families() -> None:
 
 
 def run() -> None:
-    """Entry point: errors of the library are one line on stderr and exit code 2."""
+    """Entry point: what is no good gives one line on stderr and exit code 2, and no traceback."""
     from resid_surgery.errors import ResidSurgeryError
 
     try:
-        app()
-    except ResidSurgeryError as error:
-        sys.stderr.write(f"resid-surgery: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from None
+        raise SystemExit(app(standalone_mode=False, prog_name="resid-surgery") or 0)
+    except (ResidSurgeryError, OSError) as error:
+        _fail(str(error))
+    except typer.Abort:
+        raise SystemExit(130) from None
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # the parser's own errors have one
+            raise
+        text = error.format_message()
+        _fail(text or "no command given; see resid-surgery --help")
+
+
+def _fail(text: str) -> None:
+    sys.stderr.write(f"resid-surgery: {' '.join(text.split())}\n")
+    raise SystemExit(2) from None
 
 
 def _load(model: str, dtype: str | None, device: str | None) -> Any:
     import resid_surgery as rs
 
-    with _busy(f"loading {model}"):
+    with _busy(f"loading {model}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # stderr is for the one line that says what is wrong
         return rs.load(model, dtype=dtype, device=device)
 
 
@@ -187,6 +204,13 @@ def _prompt(text: str, target: str, versus: list[str] | None) -> Any:
     import resid_surgery as rs
 
     return rs.Prompt(text, target=target, versus=versus or ())
+
+
+def _said(rec: Any) -> dict[str, Any]:
+    """What was asked, for JSON: tokens used, position, target and competitors in column order."""
+    p = rec.prompt
+    versus = [p.names[i] for i in p.versus]
+    return {"tokens": list(p.tokens), "position": p.position, "target": p.names[p.target], "versus": versus}
 
 
 def _tokens(rec: Any) -> str:
@@ -219,7 +243,7 @@ def _show(table: Any, rows: int, as_json: bool, *, heading: str, extra: dict[str
 
 def _print_json(head: dict[str, Any], tables: dict[str, Any], files: list[Path]) -> None:
     body: dict[str, Any] = {"schema": 1, **head}
-    body |= {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
+    body |= {name: json.loads(table.to_json(orient="records", double_precision=15)) for name, table in tables.items()}
     if files:
         body["files"] = [str(f) for f in files]
     typer.echo(json.dumps(body, ensure_ascii=False, indent=1))

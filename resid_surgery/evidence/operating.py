@@ -18,7 +18,7 @@ from resid_surgery.attribution.sources import sources
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import Prompt
 from resid_surgery.sites import Site
-from resid_surgery.stream.recording import Recording, record
+from resid_surgery.stream.recording import Recording, need_model, record
 from resid_surgery.stream.tables import decompose, predictions, spectrum, stream_bs
 from resid_surgery.surgery.effects import Effect, intervene_each
 from resid_surgery.surgery.interventions import Zero
@@ -103,7 +103,8 @@ def operate(model: OpenedModel, prompt: Prompt, *, k: int = 10, readers: int = 3
     Raises:
         PromptError, ArgumentError: the prompt or a number is no good.
     """
-    whole("k", k, 1)
+    need_model(model)
+    whole("k", k, 1, model.anatomy.n_layers * model.anatomy.d_mlp, model=model.name)
     whole("readers", readers, 1)
     clock = _Clock()
     rec = record(model, prompt)

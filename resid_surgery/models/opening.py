@@ -60,7 +60,7 @@ class OpenedModel:
         self.anatomy: Anatomy = dissect(module, name)
         self.lock = threading.RLock()
         self.cache: dict[str, Any] = {}
-        self._token: tuple[Any, ...] | None = None
+        self.token: tuple[Any, ...] | None = None
         self._fingerprint = ""
         self._inventory = _Inventory(module)
         self._samples: tuple[tuple[int, ...], list[list[Tensor]]] | None = None
@@ -167,17 +167,18 @@ class OpenedModel:
     def known_fingerprint(self) -> str:
         """The last full fingerprint while a quick look sees no change, else a new one.
 
-        The quick look compares storage, version counters and a strided sample that touches every
-        row and column of every tensor. A write that it misses is found by the full hash when a
-        recording is used, so a miss can refuse a good recording but never accept a stale one.
+        The quick look (5 ms for 540 MB) compares storage, version counters and a strided sample
+        that touches every row and column of every tensor. It can miss a write through ``.data`` to
+        a few elements; the full hash that every use of a recording takes does not.
         """
-        token = self._quick_token()
-        if not self._fingerprint or token != self._token:
+        token = self.quick_token()
+        if not self._fingerprint or token != self.token:
             self.fingerprint()
-            self._token = token
+            self.token = token
         return self._fingerprint
 
-    def _quick_token(self) -> tuple[Any, ...]:
+    def quick_token(self) -> tuple[Any, ...]:
+        """Storage, version counters and a strided sample of every tensor."""
         sample = xxhash.xxh3_64()
         tensors = self._inventory.tensors()
         stamps = tuple((t.data_ptr(), t._version, t.shape) for t in tensors)
@@ -207,16 +208,20 @@ def open_model(
         UnsupportedModelError: the architecture is refused.
         ArgumentError: an argument has the wrong type.
     """
-    wanted = _dtype(dtype)
+    wanted, place = _dtype(dtype), None if device is None else _device(device)
+    if not isinstance(trust_remote_code, bool):
+        raise ArgumentError(message("trust_remote_code", "True or False", trust_remote_code))
+    if tokenizer is not None and not all(callable(getattr(tokenizer, verb, None)) for verb in ("encode", "decode")):
+        raise ArgumentError(message("tokenizer", "a tokenizer object (with encode and decode)", tokenizer))
     if isinstance(source, nn.Module):
         return _from_module(source, tokenizer, wanted, device)
-    if not isinstance(source, (str, Path)):
+    if not isinstance(source, (str, Path)) or not str(source).strip() or source == Path():
         raise ArgumentError(
             message("model", "an alias, hub id, folder, .gguf file, Hugging Face model or nnsight model", source)
         )
     module, own_tokenizer, name, note = _from_text(source, wanted, trust_remote_code)
-    if device is not None:
-        module = module.to(_device(device))
+    if place is not None:
+        module = module.to(place)
     return OpenedModel(module.eval(), tokenizer if tokenizer is not None else own_tokenizer, name, note)
 
 
@@ -268,8 +273,12 @@ def _read_folder(where: str | Path, name: str, dtype: torch.dtype | None, remote
 
     try:
         with _quiet_transformers():
-            module = AutoModelForCausalLM.from_pretrained(
-                where, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=remote
+            module, info = AutoModelForCausalLM.from_pretrained(
+                where,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                trust_remote_code=remote,
+                output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise LoadError(_why(name, error)) from error
@@ -277,12 +286,27 @@ def _read_folder(where: str | Path, name: str, dtype: torch.dtype | None, remote
         if type(error).__module__.split(".")[0] in ("safetensors", "safetensors_rust", "huggingface_hub"):
             raise LoadError(_why(name, error)) from error
         raise
+    _require_all_weights(name, info)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=remote)
     except (OSError, ValueError, KeyError, ImportError):
         warnings.warn(f"{name} has no readable tokenizer: prompts must be given as ids.", stacklevel=5)
         tokenizer = None
     return module, tokenizer
+
+
+def _require_all_weights(name: str, info: dict[str, Any]) -> None:
+    """transformers fills missing weights with random numbers; here that is an error."""
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise LoadError(
+            f"{name} lacks weights of a causal language model ({shown}); they would be random numbers. "
+            "Is it a checkpoint of another kind, or incomplete?"
+        )
+    unexpected = sorted(info.get("unexpected_keys") or ())
+    if unexpected:
+        warnings.warn(f"{name} holds weights that its config has no place for ({unexpected[0]}, ...).", stacklevel=6)
 
 
 def _why(name: str, error: BaseException) -> str:
@@ -328,10 +352,13 @@ def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
 
     try:
         with _quiet_transformers():
-            module = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
+            module, info = AutoModelForCausalLM.from_pretrained(
+                str(path.parent), gguf_file=path.name, dtype=dtype, output_loading_info=True
+            )
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     except Exception as error:  # the reader raises many kinds on damaged files; none is hidden
         raise LoadError(f"{path} could not be read as GGUF ({type(error).__name__}: {str(error)[:160]}).") from error
+    _require_all_weights(path.name, info)
     return plain_copy(module), tokenizer
 
 
@@ -351,7 +378,13 @@ def plain_copy(module: nn.Module) -> nn.Module:
 def _embedded_folder() -> Path:
     """The converted embedded model, made once; a damaged copy is rebuilt."""
     folder = cache_folder() / f"{EMBEDDED}-q4_1-float32-v1"
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LoadError(
+            f"the cache folder {folder.parent} cannot be made ({error.strerror}); "
+            "set RESID_SURGERY_CACHE to a folder that can be written."
+        ) from None
     with FileLock(str(folder) + ".lock"):
         if folder.exists() and not _intact(folder):
             warnings.warn(f"the cached copy of {EMBEDDED_NAME} in {folder} is damaged; rebuilding it.", stacklevel=6)
@@ -442,8 +475,13 @@ def _device(given: Any) -> torch.device:
         device = torch.device(given)
     except (RuntimeError, TypeError):
         raise ArgumentError(message("device", "a torch device such as 'cpu' or 'cuda'", given)) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError(message("device", "a device of this machine", given, do="There is no CUDA device here."))
+    try:
+        if device.type == "meta":
+            raise RuntimeError("meta tensors hold no weights")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise ArgumentError(message("device", "a device of this machine", given, do=f"torch says: {why}.")) from None
     return device
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, final
 
-from resid_surgery._check import message, whole
+from resid_surgery._check import index_of, message, whole
 from resid_surgery.errors import PromptError
 
 
@@ -66,11 +66,9 @@ class Prompt:
         if self.ids is not None:
             object.__setattr__(self, "ids", _as_ids(self.ids))
         for token in (self.target, *self.versus):
-            if isinstance(token, bool) or not (isinstance(token, str) or hasattr(token, "__index__")):
+            if not isinstance(token, str) and index_of(token) is None:
                 raise PromptError(message("target/versus", "token strings or token ids", token))
-        if isinstance(self.position, bool) or not (
-            isinstance(self.position, str) or hasattr(self.position, "__index__")
-        ):
+        if not isinstance(self.position, str) and index_of(self.position) is None:
             raise PromptError(message("position", "an index or the text of one token", self.position))
 
 
@@ -117,14 +115,12 @@ class BoundPrompt:
             if given == "all":
                 return tuple(range(len(self.ids)))
             return (position_of(given, self.tokens),)
-        if isinstance(given, Iterable):
+        if index_of(given) is None and isinstance(given, Iterable):
             out = tuple(dict.fromkeys(p for one in given for p in self.positions(one)))
             if not out:
                 raise PromptError(message("positions", "at least one position", given))
             return out
-        n = len(self.ids)
-        do = "Count from the end with -1, or name a token by its text."
-        return (whole("positions", given, -n, n - 1, do=do, error=PromptError) % n,)
+        return (_position(given, self.tokens, "positions"),)
 
 
 def bind(prompt: Prompt, tokenizer: Any, model: Vocabulary) -> BoundPrompt:
@@ -145,11 +141,8 @@ def bind(prompt: Prompt, tokenizer: Any, model: Vocabulary) -> BoundPrompt:
         )
     tokens = tuple(token_text(i, tokenizer) for i in ids)
     names = {i: token_text(i, tokenizer) for i in (target, *versus)}
-    bound = BoundPrompt(ids, tokens, 0, target, versus, names, prompt)
-    at = bound.positions(prompt.position)
-    if len(at) != 1:
-        raise PromptError(message("position", "one predicting position", prompt.position))
-    return BoundPrompt(ids, tokens, at[0], target, versus, names, prompt)
+    at = _position(prompt.position, tokens)
+    return BoundPrompt(ids, tokens, at, target, versus, names, prompt)
 
 
 def token_id(token: Any, tokenizer: Any, model: Vocabulary, name: str) -> int:
@@ -165,9 +158,15 @@ def token_id(token: Any, tokenizer: Any, model: Vocabulary, name: str) -> int:
         raise PromptError(
             f"`{name}` must be a token id for {model.name}, which was opened without a tokenizer; got {token!r}."
         )
-    pieces = tokenizer.encode(token, add_special_tokens=False)
+    pieces = [int(i) for i in tokenizer.encode(token, add_special_tokens=False)]
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is not None and unknown in pieces and token != getattr(tokenizer, "unk_token", None):
+        raise PromptError(
+            f"`{name}` must be one token of {model.name}; its tokenizer does not know {token!r} and reads it as "
+            f"{token_text(unknown, tokenizer)!r}. Choose a word of its vocabulary."
+        )
     if len(pieces) == 1:
-        return int(pieces[0])
+        return _in_vocabulary(pieces, model)[0]
     if not pieces:
         raise PromptError(f"`{name}` must be one token of {model.name}; got {token!r}, which is no token at all.")
     shown = ", ".join(f"{token_text(i, tokenizer)!r} (id {i})" for i in pieces)
@@ -200,6 +199,13 @@ def position_of(text: str, tokens: Sequence[str]) -> int:
     raise PromptError(f"position {text!r} {fault}; candidates are {listed}. Give the index instead.")
 
 
+def _position(given: Any, tokens: Sequence[str], name: str = "position") -> int:
+    if isinstance(given, str):
+        return position_of(given, tokens)
+    do = "Count from the end with -1, or name a token by its text."
+    return whole(name, given, -len(tokens), len(tokens) - 1, do=do, error=PromptError) % len(tokens)
+
+
 def _prompt_ids(prompt: Prompt, tokenizer: Any, model: Vocabulary) -> tuple[int, ...]:
     if prompt.ids is not None:
         ids = tuple(whole("ids", i, 0, model.vocab_size - 1, model=model.name, error=PromptError) for i in prompt.ids)
@@ -209,17 +215,21 @@ def _prompt_ids(prompt: Prompt, tokenizer: Any, model: Vocabulary) -> tuple[int,
             "Pass Prompt(ids=[...]), or open the model with tokenizer=."
         )
     else:
-        ids = tuple(int(i) for i in tokenizer.encode(prompt.text))
-        over = [i for i in ids if i >= model.vocab_size]
-        if over:
-            raise PromptError(
-                f"the tokenizer gives id {over[0]} but {model.name} has {model.vocab_size} tokens: "
-                "it does not belong to this model."
-            )
+        ids = tuple(_in_vocabulary([int(i) for i in tokenizer.encode(prompt.text)], model))
     if not ids:
         raise PromptError(f"the prompt must have at least one token for {model.name}; got {prompt.text!r}.")
     if model.context is not None and len(ids) > model.context:
         raise PromptError(f"the prompt has {len(ids)} tokens but {model.name} reads at most {model.context}.")
+    return ids
+
+
+def _in_vocabulary(ids: list[int], model: Vocabulary) -> list[int]:
+    over = [i for i in ids if i >= model.vocab_size]
+    if over:
+        raise PromptError(
+            f"the tokenizer gives id {over[0]} but {model.name} has {model.vocab_size} tokens: "
+            "it does not belong to this model."
+        )
     return ids
 
 

@@ -91,7 +91,7 @@ _trace_lock = threading.RLock()
 
 def unwrap(source: Any) -> tuple[Any, Any]:
     """(module, tokenizer) inside an nnsight model; anything else is passed through."""
-    if isinstance(source, nnsight.NNsight):
+    if isinstance(source, nnsight.Envoy):
         return source._module, getattr(source, "tokenizer", None)
     return source, None
 

@@ -16,7 +16,7 @@ from resid_surgery.errors import ClosureError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import BoundPrompt, Prompt
 from resid_surgery.models.tracing import AttentionCall, Tap, TapName, Values, forward
-from resid_surgery.stream.recording import Recording, from_values, record_taps
+from resid_surgery.stream.recording import Label, Recording, from_values, record_taps
 from resid_surgery.stream.subvalues import addends, joint_parts, post_map, state_of, sum_of
 from resid_surgery.stream.vocabulary import Readout
 
@@ -74,7 +74,7 @@ def probe(model: OpenedModel) -> tuple[Recording, Values]:
     taps = record_taps(model) + [Tap(name, i) for i in range(model.anatomy.n_layers) for name in extra]
     device = model.module.get_input_embeddings().weight.device  # type: ignore[operator]
     values = forward(model, torch.tensor([ids], device=device), taps, at=n - 1)
-    return from_values(model, bound, values, model.known_fingerprint(), every=False), values
+    return from_values(model, bound, values, Label(model.known_fingerprint(), model.token), every=False), values
 
 
 def closures(rec: Recording, values: Values) -> Iterator[Closure]:

@@ -6,6 +6,7 @@ its query, and keys and values of all positions. ``positions="all"`` adds the ad
 at every other position.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -61,13 +62,28 @@ class StreamRecord:
 
 
 @final
+@dataclass(eq=False)
+class Label:
+    """Which weights a recording was made with.
+
+    Attributes:
+        fingerprint: full hash of the weights, as last known when it was made.
+        token: what the quick look saw then. verified: a full hash taken since agreed.
+    """
+
+    fingerprint: str
+    token: tuple[Any, ...] | None
+    verified: bool = False
+
+
+@final
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Recording:
     """One pass of one prompt, detached; made by `resid_surgery.record`.
 
     Attributes:
         model: the opened model. prompt: the tokens used, target, competitors, position.
-        fingerprint: of the weights that it was made with.
+        label: of the weights that it was made with.
         layers: one `LayerRecord` a block, at the predicting position t.
         resid_final: (d_model,) the stream after the last block.
         bs_values: (vocabulary,) logits before a final soft-cap. logits: the model's own.
@@ -76,7 +92,7 @@ class Recording:
 
     model: OpenedModel
     prompt: BoundPrompt
-    fingerprint: str
+    label: Label
     layers: tuple[LayerRecord, ...]
     resid_final: Float[Tensor, " d_model"]
     bs_values: Float[Tensor, " vocabulary"]
@@ -89,6 +105,11 @@ class Recording:
             f"Recording({self.model.name}: {len(p.ids)} tokens {list(p.tokens)}, position {p.position}, "
             f"target {p.names[p.target]!r}, versus {[p.names[i] for i in p.versus]})"
         )
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights that it was made with."""
+        return self.label.fingerprint
 
     @property
     def n_positions(self) -> int:
@@ -117,11 +138,32 @@ class Recording:
             StaleRecordingError: the model's weights changed since.
         """
         now = self.model.fingerprint()
-        if now != self.fingerprint:
-            raise StaleRecordingError(
-                f"this recording of {self.model.name} was made with weights {self.fingerprint[:12]}, but the model now "
-                f"has {now[:12]}: its weights changed since. Record the prompt again."
-            )
+        if now == self.fingerprint:
+            self.label.verified = True
+            return
+        if not self.label.verified and self.label.token == self.model.quick_token() and self._reproduces():
+            # the change came before the recording, too small for the quick look to see it
+            self.label.fingerprint, self.label.verified = now, True
+            return
+        raise StaleRecordingError(
+            f"this recording of {self.model.name} was made with weights {self.fingerprint[:12]}, but the model now "
+            f"has {now[:12]}: its weights changed since. Record the prompt again."
+        )
+
+    def _reproduces(self) -> bool:
+        """Whether the model, as it is now, computes this recording bit for bit."""
+        again = record_bound(self.model, self.prompt, every=self.stream is not None)
+        return all(torch.equal(a, b) for a, b in zip(again.tensors(), self.tensors(), strict=True))
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that it holds."""
+        for layer in self.layers:
+            for name in ("resid_pre", "attn_out", "attn_raw", "mlp_out", "mlp_raw", "coefficient", "query", "key"):
+                yield getattr(layer, name)
+            yield from (layer.value, layer.z, layer.alpha, *layer.pre_activations)
+        yield from (self.resid_final, self.bs_values, self.logits)
+        if self.stream is not None:
+            yield from (self.stream.resid_pre, self.stream.attn_out, self.stream.mlp_out)
 
 
 def record(model: OpenedModel, prompt: Prompt, *, positions: Literal["target", "all"] = "target") -> Recording:
@@ -144,12 +186,17 @@ def record(model: OpenedModel, prompt: Prompt, *, positions: Literal["target", "
     need_model(model)
     choice("positions", positions, ("target", "all"))
     bound = bind(prompt, model.tokenizer, model)
+    return record_bound(model, bound, every=positions == "all")
+
+
+def record_bound(model: OpenedModel, bound: BoundPrompt, *, every: bool) -> Recording:
+    """Record a bound prompt; `every` keeps the stream at all positions."""
     fingerprint = model.known_fingerprint()
+    label = Label(fingerprint, model.token)
     ids = torch.tensor([bound.ids], device=model.shadow.get_input_embeddings().weight.device)  # type: ignore[operator]
-    every = positions == "all"
     everywhere = [Tap(name, i) for i in range(model.anatomy.n_layers) for name in _STREAM] if every else []
     values = forward(model, ids, record_taps(model), at=bound.position, everywhere=everywhere)
-    return from_values(model, bound, values, fingerprint, every=every)
+    return from_values(model, bound, values, label, every=every)
 
 
 def record_taps(model: OpenedModel) -> list[Tap]:
@@ -167,7 +214,7 @@ def record_taps(model: OpenedModel) -> list[Tap]:
 
 
 def from_values(
-    model: OpenedModel, bound: BoundPrompt, values: Values, fingerprint: str, *, every: bool, row: int = 0
+    model: OpenedModel, bound: BoundPrompt, values: Values, label: Label, *, every: bool, row: int = 0
 ) -> Recording:
     """A recording of one row of a traced forward."""
     a, t = model.anatomy, bound.position
@@ -204,7 +251,7 @@ def from_values(
     return Recording(
         model=model,
         prompt=bound,
-        fingerprint=fingerprint,
+        label=label,
         layers=tuple(layers),
         resid_final=at("block_out", a.n_layers - 1),
         bs_values=values[Tap("bs")][row, 0],

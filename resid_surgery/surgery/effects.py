@@ -14,7 +14,7 @@ logit before a soft-cap is the sum of four parts, each measured separately:
 `Effect.ledger` gives the same for every addend of the stream.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, final
@@ -268,13 +268,19 @@ def intervene_each(rec: Recording, rows: Sequence[Any], *, movers: int = 5) -> l
     whole("movers", movers, 0)
     if not isinstance(rec, Recording):
         raise ArgumentError(message("rec", "a recording from resid_surgery.record", rec))
-    if isinstance(rows, (str, Intervention)) or not len(rows):
+    if isinstance(rows, (str, Intervention)) or not isinstance(rows, Iterable):
         raise InterventionError(message("rows", "a non-empty list of intervention lists", rows))
-    given = [(one,) if isinstance(one, Intervention) else one for one in rows]
+    given = [tuple(one) if _is_list(one) else (one,) for one in rows]
+    if not given:
+        raise InterventionError(message("rows", "a non-empty list of intervention lists", rows))
     resolved = [resolve(rec, one) for one in given]
     rec.require_fresh()
     runs = run_rows(rec, resolved)
-    return [Effect(rec, tuple(one), a, b, movers) for one, (a, b) in zip(given, runs, strict=True)]
+    return [Effect(rec, one, a, b, movers) for one, (a, b) in zip(given, runs, strict=True)]
+
+
+def _is_list(one: Any) -> bool:
+    return isinstance(one, Iterable) and not isinstance(one, (str, bytes, Intervention))
 
 
 def _list(values: Tensor) -> list[float]:

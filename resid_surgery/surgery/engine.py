@@ -18,9 +18,10 @@ from resid_surgery.models.tracing import AttentionCall, Tap, TapName, Values, fo
 from resid_surgery.sites import AttnNeuron, Head, HeadSource, Neuron, Resid, Site, Sublayer
 from resid_surgery.stream.closing import relative, tolerance
 from resid_surgery.stream.recording import Recording, attention_row, repeat_kv
-from resid_surgery.surgery.interventions import Operation, Scale
+from resid_surgery.surgery.interventions import Operation
 
 TOKENS_A_CHUNK = 512
+LOGIT_BYTES = 32 << 20  # a batch's logits; they are held a few times over
 RowOps = tuple[Operation, ...]
 
 
@@ -66,7 +67,8 @@ def run_rows(rec: Recording, rows: Sequence[RowOps]) -> Iterable[tuple[Run, Run]
     Raises:
         InterventionError: the control row differs from the recording, or an operation did not fire.
     """
-    step = max(1, TOKENS_A_CHUNK // rec.n_positions - 1)
+    by_vocabulary = LOGIT_BYTES // (rec.model.vocab_size * rec.bs_values.element_size())
+    step = max(1, min(TOKENS_A_CHUNK // rec.n_positions, by_vocabulary) - 1)
     for low in range(0, len(rows), step):
         runs = _Batch(rec, rows[low : low + step]).run()
         _check_control(rec, runs[0])
@@ -91,9 +93,10 @@ class _Batch:
         self.rec, self.model, self.t = rec, rec.model, rec.prompt.position
         self.rows = [(), *rows]
         self.changes: list[dict[tuple[int, str], Change]] = [{} for _ in self.rows]
-        self.fired: set[int] = set()
+        self.left: dict[Tap, Tensor] = {}
         self.everywhere: set[Tap] = set()
         self.placed: dict[Tap, list[tuple[int, Operation]]] = {}
+        self.shares: dict[tuple[int, int, int, int, int], Tensor] = {}
         for row, ops in enumerate(self.rows):
             for op in ops:
                 self._place(row, op)
@@ -118,8 +121,9 @@ class _Batch:
         ids = torch.tensor([self.rec.prompt.ids], device=device).repeat(len(self.rows), 1)
         writes = {tap: self._writer(tap, ops) for tap, ops in self.placed.items()}
         values = forward(model, ids, reads, writes, at=self.t, everywhere=self.everywhere)
-        self._check_fired()
-        return [self._run_of(row, values, operated) for row in range(len(self.rows))]
+        runs = [self._run_of(row, values, operated) for row in range(len(self.rows))]
+        self._check_fired(runs)
+        return runs
 
     def _run_of(self, row: int, values: Values, operated: set[tuple[int, str]]) -> Run:
         work, n_layers = self.rec.work, self.model.anatomy.n_layers
@@ -145,8 +149,8 @@ class _Batch:
         def write(found: Tensor, seen: Values) -> Tensor:
             value = found.clone()
             for row, op in ordered:
-                self.fired.add(id(op))
                 self._apply(tap, row, op, value, seen)
+            self.left[tap] = value
             return value
 
         return write
@@ -168,7 +172,9 @@ class _Batch:
             if part is None:
                 region.copy_(_left(op, before))
             else:  # one source's share of a head: the rest of the head stays as it is
-                region += _left(op, part) - part
+                left = _left(op, part)
+                region += left - part
+                self._keep_share(row, op, left)
         if op.position == self.t:
             self._note(row, tap, op, before, region)
 
@@ -182,12 +188,28 @@ class _Batch:
             whole = at[low : low + d_head]
             if isinstance(site, AttnNeuron):
                 whole = whole[site.index : site.index + 1]
-            source = getattr(site, "source", None)
-            if source is None:
+            if isinstance(site, Head) or site.source is None:
                 return whole, None
-            share = _joint(seen[Tap("attn_call", site.layer)], row, op.position, site.head, source).to(at)
+            share = self._share(row, op.position, site, site.source, seen).to(at)
             return whole, share[site.index : site.index + 1] if isinstance(site, AttnNeuron) else share
         return at, None
+
+    def _share(self, row: int, position: int, site: HeadSource | AttnNeuron, source: int, seen: Values) -> Tensor:
+        """alpha v of one source as earlier operations of this row have left it."""
+        key = (row, position, site.layer, site.head, source)
+        if key not in self.shares:
+            self.shares[key] = _joint(seen[Tap("attn_call", site.layer)], row, position, site.head, source)
+        return self.shares[key]
+
+    def _keep_share(self, row: int, op: Operation, left: Tensor) -> None:
+        site = op.site
+        assert isinstance(site, (HeadSource, AttnNeuron))
+        assert site.source is not None
+        share = self.shares[row, op.position, site.layer, site.head, site.source]
+        if isinstance(site, AttnNeuron):
+            share[site.index] = left[0]
+        else:
+            share.copy_(left)
 
     def _note(self, row: int, tap: Tap, op: Operation, before: Tensor, after: Tensor) -> None:
         """Add left minus found, as a d_model vector, to the row's changes."""
@@ -204,11 +226,38 @@ class _Batch:
             change = self.changes[row].setdefault((op.site.layer, where), Change())  # type: ignore[attr-defined]
             change.added = delta if change.added is None else change.added + delta
 
-    def _check_fired(self) -> None:
-        for ops in self.rows:
-            for op in ops:
-                if id(op) not in self.fired:
-                    raise InterventionError(f"{op.origin!r} did not fire at {op.site}, position {op.position}.")
+    def _check_fired(self, runs: Sequence[Run]) -> None:
+        """What the operations left must be what the model went on with.
+
+        An operated projection must have written what follows from the input left to it, and the
+        final stream must be the sum of the addends and of what was done to states.
+        """
+        most = 10 * tolerance(self.model)
+        for tap, placed in self.placed.items():
+            part, steered = _raw_part(tap), Tap(f"{_raw_part(tap)}_raw", tap.layer) in self.placed  # type: ignore[arg-type]
+            for row, op in placed:
+                error = 0.0 if tap in self.left else float("inf")
+                if tap.name in ("coef", "attn_z") and tap in self.left and not steered:
+                    written = self.model.rows(tap.layer, f"{part}_out")
+                    terms = self.rec.work(self.left[tap][row, self.t])[:, None] * self.rec.work(written.rows)
+                    bias = 0 if written.bias is None else self.rec.work(written.bias)
+                    error = relative(terms.sum(0) + bias, runs[row].raw[tap.layer, str(part)], terms)
+                if not error <= most:
+                    raise InterventionError(f"{op.origin!r} did not take effect at {op.site}, position {op.position}.")
+        for row, run in enumerate(runs):
+            parts = torch.cat([run.embed[None], run.attn, run.mlp, *self._state_changes(row)])
+            if not relative(parts.sum(0), run.final, parts) <= most:
+                done = ", ".join(dict.fromkeys(repr(op.origin) for op in self.rows[row])) or "the control row"
+                raise InterventionError(
+                    f"after {done} the stream of {self.model.name} is not the sum of its addends, so what was done "
+                    "cannot be measured. Does a hook on the model change it as well?"
+                )
+
+    def _state_changes(self, row: int) -> list[Tensor]:
+        """What operations did to states; one at the middle is carried by attn_out already, one at
+        the first by the embedding."""
+        kept = [c.added for k, c in self.changes[row].items() if k[1] in ("pre", "post") and k != (0, "pre")]
+        return [added[None] for added in kept if added is not None]
 
 
 def tap_of(site: Site, *, steer: bool, n_layers: int) -> Tap:
@@ -252,8 +301,8 @@ def _row_slice(site: Site, d_head: int) -> slice:
     return slice(low, low + (1 if isinstance(site, AttnNeuron) else d_head))
 
 
-def _fineness(op: Operation) -> tuple[int, int]:
-    """Finer sites first, replacement and Scale before Steer."""
-    finest = 0 if getattr(op.site, "source", None) is not None else 1
+def _fineness(op: Operation) -> tuple[bool, bool, bool, int]:
+    """States after sublayers, Steer after the rest, shares of one source before whole heads, finer first."""
     coarse = {AttnNeuron: 0, HeadSource: 1, Head: 2, Neuron: 0, Sublayer: 3, Resid: 4}[type(op.site)]
-    return (coarse + 10 * (op.steer is not None), finest + (not isinstance(op.origin, Scale)))
+    whole = getattr(op.site, "source", None) is None
+    return (isinstance(op.site, Resid), op.steer is not None, whole, coarse)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from resid_surgery import _check
-from resid_surgery.errors import ArgumentError, InterventionError, SiteError, StaleRecordingError
+from resid_surgery.errors import ArgumentError, InterventionError, PromptError, SiteError, StaleRecordingError
 from resid_surgery.sites import AttnNeuron, Bias, Constant, Head, HeadSource, Neuron, Resid, Site, Sublayer, as_sites
 from resid_surgery.stream.recording import Recording
 from resid_surgery.stream.subvalues import joint_parts, resolve_in
@@ -42,7 +42,7 @@ class Intervention:
                 raise SiteError(
                     f"`{site}` is a constant of the weights; operate on its sublayer, or edit the weights instead."
                 )
-        _check_positions(self.positions)
+        object.__setattr__(self, "positions", _plain_positions(self.positions))
 
     def __repr__(self) -> str:
         sites = [str(s) for s in self.sites]
@@ -338,11 +338,18 @@ def _overlap(a: Site, b: Site) -> bool:
     return True
 
 
-def _check_positions(given: Any) -> None:
-    if isinstance(given, str) or (hasattr(given, "__index__") and not isinstance(given, bool)):
-        return
+def _plain_positions(given: Any) -> str | int | tuple[str | int, ...]:
+    """Positions as plain values: a word or token text, an index, or a tuple of them."""
+    if isinstance(given, str):
+        return given
+    number = _check.index_of(given)
+    if number is not None:
+        return number
     if isinstance(given, Iterable) and not isinstance(given, (bytes, dict)):
-        for one in given:
-            _check_positions(one)
-        return
+        members = [one.item() if isinstance(one, torch.Tensor) and one.ndim == 0 else one for one in given]
+        plain = [_plain_positions(one) for one in members]
+        if not plain:
+            raise PromptError(_check.message("positions", "at least one position", given))
+        if not any(isinstance(one, tuple) for one in plain):
+            return tuple(one for one in plain if not isinstance(one, tuple))
     raise ArgumentError(_check.message("positions", "'target', 'all', an index, indices or a token's text", given))
