@@ -52,6 +52,8 @@ def index_of(value: Any) -> int | None:
 
 def finite(name: str, value: Any, *, error: type[ResidSurgeryError] = ArgumentError) -> float:
     """`value` as a finite float."""
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a numpy or torch scalar
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise error(message(name, "a finite number", value))
     return float(value)

@@ -248,10 +248,9 @@ bad(
     "steer by NaN",
     lambda b: rs.Steer("L0.mlp", b.vector * torch.nan),
     ArgumentError,
-    "`vector` must be .*finite floats",
+    "`vector` must be .*finite numbers",
 )
-bad("steer by inf", lambda b: rs.Steer("L0.mlp", b.vector / 0), ArgumentError, "`vector` must be .*finite floats")
-bad("steer by integers", lambda b: rs.Steer("L0.mlp", b.vector.long()), ArgumentError, "`vector` must .*float.*int64")
+bad("steer by inf", lambda b: rs.Steer("L0.mlp", b.vector / 0), ArgumentError, "`vector` must be .*finite numbers")
 bad(
     "steer by a matrix", lambda b: rs.Steer("L0.mlp", b.vector[None]), ArgumentError, r"`vector` must .*shape \(1, 24\)"
 )
@@ -292,7 +291,6 @@ bad("zero at no position", on(lambda b: rs.Zero("L0.mlp", positions=[])), Prompt
 bad("zero twice", on(lambda b: rs.Zero("L0.N0"), lambda b: rs.Zero("L0.N0")), InterventionError,
     r"Zero\(\['L0.N0'\]\) and Zero\(\['L0.N0'\]\) both write L0.N0 at position 3. Keep one, or use Scale")  # fmt: skip
 bad("zero the same site twice", on(lambda b: rs.Zero(["L0.N0", "L0.N0"])), InterventionError, "both write L0.N0 at")
-bad("scale the same site twice", on(lambda b: rs.Scale(["L0.N0", "L0.N0"], 2.0)), InterventionError, "both write L0.N0")
 bad("zero it under two names", on(lambda b: rs.Zero("L2.N0"), lambda b: rs.Zero("L-1.N0")), InterventionError,
     "both write L2.N0 at position 3")  # fmt: skip
 bad("zero it at two names of a place", on(*(lambda b, at=at: rs.Zero("L0.H1", positions=at) for at in (3, -1))),

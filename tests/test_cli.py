@@ -30,7 +30,18 @@ COMMANDS = {
     "check": {"--json", "--dtype", "--device"},
     "families": set(),
 }  # fmt: skip
-TABLES = ("predictions", "ledger", "stream", "neurons", "attention", "spectra", "sources", "effects", "ledger_change")
+TABLES = (
+    "columns",
+    "predictions",
+    "ledger",
+    "stream",
+    "neurons",
+    "attention",
+    "spectra",
+    "sources",
+    "effects",
+    "ledger_change",
+)
 
 
 @dataclass(frozen=True)

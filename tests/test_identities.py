@@ -12,7 +12,8 @@ from tiny import FAMILIES, VOCAB, build, shared
 
 import resid_surgery as rs
 from resid_surgery.attribution.scores import States, logsumexp_
-from resid_surgery.stream.closing import closures, probe, tolerance
+from resid_surgery.stream.closing import closures, probe
+from resid_surgery.stream.recording import closure_tolerance
 from resid_surgery.stream.subvalues import GRAINS, addends, sum_of, vector_of
 from resid_surgery.stream.vocabulary import Readout
 
@@ -194,7 +195,7 @@ def test_a_wrong_addend_is_caught(family):
     clean = {c.identity: c.error for c in closures(rec, values)}
     rec.layers[1].attn_out.mul_(1.5)
     broken = {c.identity for c in closures(rec, values) if not c.holds}
-    assert max(clean.values()) <= tolerance(rec.model)
+    assert max(clean.values()) <= closure_tolerance(rec.model)
     assert "resid_pre + attn_out + mlp_out = resid_post" in broken
     assert "sum of all addends = resid_post of the last block" in broken
 

@@ -11,7 +11,7 @@ import resid_surgery as rs
 from resid_surgery.attribution.bounds import UpperBounds
 from resid_surgery.attribution.locating import _Search, rank
 from resid_surgery.attribution.scores import States, evaluate_block, places_of
-from resid_surgery.stream.subvalues import KINDS
+from resid_surgery.stream.subvalues import KINDS, stored
 
 norms = st.sampled_from(["frozen", "own"])
 kinds = st.sampled_from(KINDS)
@@ -204,3 +204,28 @@ def test_states_are_grouped_whatever_the_order_of_candidates():
     which = torch.tensor([2, 0, 1, 1, 2, 0, 2])
     one_by_one = [float(states.evaluate(which[i : i + 1], v[i : i + 1])) for i in range(7)]
     assert states.evaluate(which, v).tolist() == pytest.approx(one_by_one, abs=1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("left", [0.3, 0.03, 0.01, 0.003])
+def test_the_own_norm_bound_survives_a_vector_that_nearly_cancels_the_stream(family, left):
+    """float32: |x + v| is then a difference of large numbers."""
+    rec = rs.record(shared(family, torch.float32), rs.Prompt(ids=[5, 4, 3], target=1))
+    states = States.of(rec, [(1, "mlp")], own=True)
+    generator = torch.Generator().manual_seed(0)
+    x = states.x[0]
+    v = -(1 - left) * x + 0.1 * left * torch.randn(200, 24, generator=generator) * x.norm() / 5
+    block = stored("attn", 1, v, [rs.Sublayer(1, "attn")] * 200)
+    upper = UpperBounds(rec, states).of(block, 0)
+    assert bool((states.evaluate(torch.zeros(200, dtype=torch.long), v) <= upper).all())
+
+
+def test_ties_do_not_chain():
+    """A run of ties is as wide as rounding, however densely the values lie."""
+    tie = 8 * torch.finfo(torch.float32).eps
+    values = torch.arange(100, dtype=torch.float32).flip(0) * (0.6 * tie)
+    order = rank(values.flip(0))
+    ranked = values.flip(0)[order]
+    assert float((ranked[1:] - ranked[:-1]).max()) <= 1.1 * tie
+    assert ranked[0] >= ranked.max() - 1.1 * tie
+    assert ranked[-1] <= ranked.min() + 1.1 * tie

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import resid_surgery as rs
+from resid_surgery.attribution.bounds import UpperBounds
+from resid_surgery.attribution.scores import States, evaluate_block, places_of
 
 pytestmark = pytest.mark.real
 
@@ -46,6 +48,48 @@ def test_the_proven_top_of_some_layers_is_the_exhaustive_one(paris):
     found = rs.locate(paris, k=100, layers=layers)
     assert set(found.table["site"]) == set(scores["site"].head(100))
     assert found.evaluations <= 130
+
+
+def test_scores_bounds_and_zero_are_right_over_a_vocabulary_of_49152(smollm2):
+    """Long float32 sums drift by 1e-4 unless they are blocked: tiny vocabularies cannot show it."""
+    prompt = rs.Prompt("Apple was founded by Steve", target=" Jobs")
+    rec = rs.record(smollm2, prompt)
+    for layer in (2, 20, 27):
+        for norm in ("frozen", "own"):
+            blocks = list(places_of(rec, "neuron", [layer]))
+            states = States.of(rec, [(layer, "mlp")], own=norm == "own")
+            assert float(states.p.sum(0, dtype=torch.float64) - 1) == pytest.approx(0, abs=1e-6)
+            assert float(states.evaluate(torch.tensor([0]), torch.zeros(1, 576))) == 0.0
+            exact = evaluate_block(states, 0, blocks[0][2], torch.arange(0, 1536, 3))
+            upper = UpperBounds(rec, states).of(blocks[0][2], 0)[::3]
+            assert bool((exact <= upper).all())
+            best = int(exact.argmax())
+            v = blocks[0][2].vectors(torch.tensor([3 * best])).double()
+            x = states.x.double()
+            truth = [log_p(rec, x, norm), log_p(rec, x + v, norm)]
+            assert float(exact[best]) == pytest.approx(truth[1] - truth[0], abs=1e-5)
+
+
+def log_p(rec, x, norm):
+    """log p(target) of a state, all in float64."""
+    module = rec.model.module
+    gamma, eps = module.model.norm.weight.double(), module.model.norm.variance_epsilon
+    scaled = x if norm == "own" else rec.resid_final.double()
+    s = (scaled.square().mean() + eps).sqrt()
+    with torch.no_grad():
+        bs = (x / s * gamma) @ module.lm_head.weight.double().T
+        return float(torch.log_softmax(bs, -1)[0, rec.prompt.target])
+
+
+def test_a_massive_first_position_overflows_nothing(smollm2):
+    rec = rs.record(smollm2, rs.Prompt("<|im_start|>", target="user"))
+    for norm in ("frozen", "own"):
+        found = rs.scores(rec, kind="layer", norm=norm)
+        assert np.isfinite(found["log_prob_increase"]).all()
+    first = found.set_index("site").loc["L0.attn", "log_prob_increase"]
+    x = rec.resid_mid(0).double()[None]
+    before = rec.layers[0].resid_pre.double()[None]
+    assert first == pytest.approx(log_p(rec, x, "own") - log_p(rec, before, "own"), rel=1e-4)
 
 
 def test_own_norm_is_dominated_by_layer_0(paris):

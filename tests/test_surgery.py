@@ -356,3 +356,80 @@ def test_a_scaled_share_is_taken_before_the_head_is_scaled():
     head, share = vector_of(rec, rs.Head(1, 1)), vector_of(rec, rs.HeadSource(1, 1, 2))
     expected = rec.layers[1].attn_out - head + 0.3 * (head - 2 * share)
     assert torch.allclose(effect.after.attn[1], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_products_of_scales_are_products_at_every_grain(family):
+    """Scale 2 then 3 of one site is 6; all coordinates, all heads or all sources by 2 is the whole by 2."""
+    rec = rs.record(shared(family), rs.Prompt(ids=[5, 4, 3, 2], target=1))
+    d_head, n_heads = rec.model.anatomy.d_head, rec.model.anatomy.n_heads
+    for site in ("L1.N3", "L1.H1", "L1.H1<2", "L1.H1.D2", "L1.H1.D2<1", "L1.attn", "L1.resid_pre"):
+        twice, once = rs.intervene_each(rec, [[rs.Scale(site, 2.0), rs.Scale(site, 3.0)], rs.Scale(site, 6.0)])
+        assert torch.allclose(twice.after.bs, once.after.bs, atol=1e-9)
+    share = rs.Scale("L1.H0<1", 3.0)
+    whole = rs.intervene(rec, [rs.Scale("L1.H0", 2.0), share]).after.bs
+    for parts in ([f"L1.H0.D{i}" for i in range(d_head)], [f"L1.H0<{j}" for j in range(4)]):
+        assert torch.allclose(rs.intervene(rec, [rs.Scale(parts, 2.0), share]).after.bs, whole, atol=1e-6)
+    heads = rs.intervene(rec, rs.Zero([f"L1.H{h}" for h in range(n_heads)]))
+    assert heads.table["closure"].max() <= 1e-6
+
+
+def test_states_are_operated_on_after_what_is_written_into_them():
+    rec = rs.record(shared("llama"), rs.Prompt(ids=[5, 4, 3, 2], target=1))
+    v = torch.ones(24, dtype=torch.float64)
+    effect = rs.intervene(rec, [rs.Scale("L1.resid_mid", 2.0), rs.Steer("L1.attn", v)])
+    mid = rec.layers[1].resid_pre + effect.after.attn[1]
+    assert torch.allclose(mid, 2 * (rec.resid_mid(1) + v), atol=1e-9)
+    assert effect.table["closure"].max() <= 1e-6
+
+
+def test_thousands_of_neurons_are_checked_for_overlap_at_once():
+    rec = rs.record(shared("llama"), rs.Prompt(ids=[5, 4], target=1))
+    everything = [f"L{i}.N{k}" for i in range(3) for k in range(40)]
+    effect = rs.intervene(rec, rs.Zero(everything, positions="all"))
+    assert torch.allclose(effect.after.mlp[0], rec.model.rows(0, "mlp_out").bias, atol=1e-9)
+    with pytest.raises(rs.InterventionError, match=r"L0\.mlp"):
+        rs.intervene(rec, [rs.Zero(everything), rs.Zero("L0.mlp")])
+
+
+def test_a_hook_that_changes_the_model_is_seen_and_a_swapped_one_too():
+    module = build("llama")
+    model = rs.load(module)
+    prompt = rs.Prompt(ids=[5, 4, 3], target=1)
+    rs.record(model, prompt)
+    for size in (1.5, -3.0):
+        handle = module.model.layers[1].register_forward_hook(lambda m, i, o, size=size: o + size)
+        with pytest.raises(rs.ClosureError, match="hook"):
+            rs.record(model, prompt)
+        handle.remove()
+    for size in (2.0, 0.5):  # inside a sublayer it is part of the model, and the newest one runs
+        handle = module.model.layers[1].mlp.act_fn.register_forward_hook(lambda m, i, o, size=size: o * size)
+        rec = rs.record(model, prompt)
+        with torch.no_grad():
+            plain = module(torch.tensor([prompt.ids])).logits[0, -1]
+        assert torch.allclose(rec.logits, plain, atol=1e-9)
+        handle.remove()
+
+
+def test_out_of_memory_is_not_called_an_unknown_architecture():
+    module = build("llama")
+    model = rs.load(module)
+
+    def starve(*_):
+        raise torch.OutOfMemoryError("injected")
+
+    handle = module.model.layers[1].mlp.down_proj.register_forward_pre_hook(starve)
+    with pytest.raises(torch.OutOfMemoryError):
+        rs.record(model, rs.Prompt(ids=[5, 4, 3], target=1))
+    handle.remove()
+    assert rs.record(model, rs.Prompt(ids=[5, 4, 3], target=1)).resid_final.isfinite().all()
+
+
+def test_layers_of_different_widths_are_refused():
+    module = build("llama")
+    mlp = module.model.layers[1].mlp
+    for name in ("gate_proj", "up_proj"):
+        setattr(mlp, name, torch.nn.Linear(24, 32, dtype=torch.float64))
+    mlp.down_proj = torch.nn.Linear(32, 24, dtype=torch.float64)
+    with pytest.raises(rs.UnsupportedModelError, match="differ in width"):
+        rs.load(module)

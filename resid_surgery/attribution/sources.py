@@ -21,7 +21,7 @@ from torch import Tensor
 
 from resid_surgery import _check
 from resid_surgery.errors import ArgumentError, SiteError
-from resid_surgery.models.anatomy import Norm
+from resid_surgery.models.parts import Norm
 from resid_surgery.sites import Neuron, as_sites
 from resid_surgery.stream.closing import coefficient_from
 from resid_surgery.stream.recording import Recording, need_recording

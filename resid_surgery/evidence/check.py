@@ -19,8 +19,8 @@ from resid_surgery.attribution.sources import sources
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.tracing import Tap, Values, forward
 from resid_surgery.sites import Neuron
-from resid_surgery.stream.closing import Closure, closures, probe, relative, tolerance
-from resid_surgery.stream.recording import Recording, need_model
+from resid_surgery.stream.closing import Closure, closures, probe, relative
+from resid_surgery.stream.recording import Recording, closure_tolerance, need_model
 from resid_surgery.stream.subvalues import PostMap, addends, state_of
 from resid_surgery.stream.vocabulary import Readout
 from resid_surgery.surgery.effects import PARTS, Effect, intervene_each
@@ -68,7 +68,7 @@ def _all(model: OpenedModel) -> Iterator[Closure]:
 
 
 def _scores(rec: Recording) -> Iterator[Closure]:
-    readout, tol = Readout.of(rec), tolerance(rec.model)
+    readout, tol = Readout.of(rec), closure_tolerance(rec.model)
     parts = torch.cat([block.all_vectors() for block in addends(rec)])
     a, b = parts[1], parts[2]
     both = readout.bs(torch.stack([a + b, a, b]))
@@ -131,7 +131,7 @@ def _certificates(rec: Recording) -> Iterator[Closure]:
 
 
 def _sources(rec: Recording) -> Iterator[Closure]:
-    a, tol = rec.model.anatomy, tolerance(rec.model)
+    a, tol = rec.model.anatomy, closure_tolerance(rec.model)
     layer = a.n_layers - 1
     for grain in ("layer", "subvalue"):
         table = sources(rec, [Neuron(layer, i) for i in range(min(8, a.d_mlp))], grain=grain)
@@ -166,7 +166,7 @@ def _cut(rec: Recording, layer: int) -> float:
 
 
 def _effects(rec: Recording) -> Iterator[Closure]:
-    a, tol = rec.model.anatomy, tolerance(rec.model)
+    a, tol = rec.model.anatomy, closure_tolerance(rec.model)
     layer, neuron = 0, int(rec.layers[0].coefficient.abs().argmax())
     site = Neuron(layer, neuron)
     noop, zero, head, sub = intervene_each(

@@ -19,7 +19,7 @@ from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import Prompt
 from resid_surgery.sites import Site
 from resid_surgery.stream.recording import Recording, need_model, record
-from resid_surgery.stream.tables import decompose, predictions, spectrum, stream_bs
+from resid_surgery.stream.tables import bs_columns, decompose, predictions, spectrum, stream_bs
 from resid_surgery.surgery.effects import Effect, intervene_each
 from resid_surgery.surgery.interventions import Zero
 
@@ -76,7 +76,10 @@ class Operated:
 
     def tables(self) -> dict[str, pd.DataFrame]:
         """Every table by name; what ``--out`` writes."""
+        p = self.rec.prompt
+        readouts = [(c, p.names[i], i, r) for c, (i, _, r) in zip(bs_columns(self.rec), p.roles(), strict=True)]
         return {
+            "columns": pd.DataFrame(readouts, columns=["column", "token", "token_id", "role"]),
             "predictions": self.predictions,
             "ledger": self.ledger,
             "stream": self.stream,

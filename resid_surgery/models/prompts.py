@@ -65,11 +65,19 @@ class Prompt:
         object.__setattr__(self, "versus", tuple(self.versus))
         if self.ids is not None:
             object.__setattr__(self, "ids", _as_ids(self.ids))
+        object.__setattr__(self, "target", _plain_token(self.target))
+        object.__setattr__(self, "versus", tuple(_plain_token(token) for token in self.versus))
         for token in (self.target, *self.versus):
             if not isinstance(token, str) and index_of(token) is None:
                 raise PromptError(message("target/versus", "token strings or token ids", token))
         if not isinstance(self.position, str) and index_of(self.position) is None:
             raise PromptError(message("position", "an index or the text of one token", self.position))
+
+
+def _plain_token(token: Any) -> Any:
+    """An id as a plain int, so that prompts compare and hash as values; anything else as it is."""
+    number = index_of(token)
+    return token if number is None else number
 
 
 @final
@@ -158,7 +166,7 @@ def token_id(token: Any, tokenizer: Any, model: Vocabulary, name: str) -> int:
         raise PromptError(
             f"`{name}` must be a token id for {model.name}, which was opened without a tokenizer; got {token!r}."
         )
-    pieces = [int(i) for i in tokenizer.encode(token, add_special_tokens=False)]
+    pieces = encode(tokenizer, token, add_special_tokens=False)
     unknown = getattr(tokenizer, "unk_token_id", None)
     if unknown is not None and unknown in pieces and token != getattr(tokenizer, "unk_token", None):
         raise PromptError(
@@ -171,17 +179,37 @@ def token_id(token: Any, tokenizer: Any, model: Vocabulary, name: str) -> int:
         raise PromptError(f"`{name}` must be one token of {model.name}; got {token!r}, which is no token at all.")
     shown = ", ".join(f"{token_text(i, tokenizer)!r} (id {i})" for i in pieces)
     first = token_text(pieces[0], tokenizer)
+    whole_text = encode(tokenizer, first, add_special_tokens=False) == pieces[:1]
+    piece = f"{name}={first!r} or id {pieces[0]}" if whole_text else f"{name}={pieces[0]}"
     raise PromptError(
         f"`{name}` must be one token of {model.name}; {token!r} is {len(pieces)}: {shown}. "
-        f"Study its first piece with {name}={first!r} or id {pieces[0]}, or choose a word that is one token."
+        f"Study its first piece with {piece}, or choose a word that is one token."
     )
+
+
+def encode(tokenizer: Any, text: str, **options: bool) -> list[int]:
+    """Token ids of a text.
+
+    Raises:
+        PromptError: the tokenizer does not give plain ids.
+    """
+    ids = tokenizer.encode(text, **options)
+    if not isinstance(ids, (list, tuple)):
+        raise PromptError(
+            f"`tokenizer` must be a Hugging Face tokenizer, whose encode gives a list of ids; "
+            f"{type(tokenizer).__name__}.encode gave a {type(ids).__name__}. Wrap it in PreTrainedTokenizerFast."
+        )
+    return [int(i) for i in ids]
 
 
 def token_text(token: int, tokenizer: Any) -> str:
     """The text of one token; ``#17`` where there is no tokenizer."""
     if tokenizer is None:
         return f"#{token}"
-    return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    try:
+        return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    except TypeError:  # a tokenizer that never cleans up has no such option
+        return str(tokenizer.decode([token]))
 
 
 def position_of(text: str, tokens: Sequence[str]) -> int:
@@ -215,7 +243,7 @@ def _prompt_ids(prompt: Prompt, tokenizer: Any, model: Vocabulary) -> tuple[int,
             "Pass Prompt(ids=[...]), or open the model with tokenizer=."
         )
     else:
-        ids = tuple(_in_vocabulary([int(i) for i in tokenizer.encode(prompt.text)], model))
+        ids = tuple(_in_vocabulary(encode(tokenizer, str(prompt.text)), model))
     if not ids:
         raise PromptError(f"the prompt must have at least one token for {model.name}; got {prompt.text!r}.")
     if model.context is not None and len(ids) > model.context:

@@ -156,7 +156,7 @@ def forward(
         except Exception as error:
             if raised:
                 raise raised[0] from None
-            if isinstance(error, ResidSurgeryError):
+            if isinstance(error, (ResidSurgeryError, MemoryError, torch.OutOfMemoryError)):
                 raise
             raise UnsupportedModelError(
                 f"one traced forward of {model.name} failed ({type(error).__name__}: {_last_line(error)}). "

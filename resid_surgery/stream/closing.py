@@ -16,7 +16,7 @@ from resid_surgery.errors import ClosureError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import BoundPrompt, Prompt
 from resid_surgery.models.tracing import AttentionCall, Tap, TapName, Values, forward
-from resid_surgery.stream.recording import Label, Recording, from_values, record_taps
+from resid_surgery.stream.recording import Label, Recording, closure_tolerance, from_values, record_taps
 from resid_surgery.stream.subvalues import addends, joint_parts, post_map, state_of, sum_of
 from resid_surgery.stream.vocabulary import Readout
 
@@ -44,17 +44,6 @@ class Closure:
         return self.error <= self.tolerance
 
 
-def tolerance(model: OpenedModel, *, through_float32: bool = True) -> float:
-    """Largest accepted error relative to the largest addend, by dtype.
-
-    float64: 1e-10, or 1e-6 through a module that transformers computes in float32 (its RMSNorm
-    and softmax are); float32: 1e-5; bfloat16 and float16: 4 eps.
-    """
-    if model.dtype == torch.float64:
-        return 1e-6 if through_float32 else 1e-10
-    return 1e-5 if model.dtype == torch.float32 else 4 * torch.finfo(model.dtype).eps
-
-
 def relative(left: Tensor, right: Tensor, *largest: Tensor) -> float:
     """max |left - right| over the largest magnitude of the sum's terms."""
     left, right = left.double(), right.double()
@@ -74,13 +63,13 @@ def probe(model: OpenedModel) -> tuple[Recording, Values]:
     taps = record_taps(model) + [Tap(name, i) for i in range(model.anatomy.n_layers) for name in extra]
     device = model.module.get_input_embeddings().weight.device  # type: ignore[operator]
     values = forward(model, torch.tensor([ids], device=device), taps, at=n - 1)
-    return from_values(model, bound, values, Label(model.known_fingerprint(), model.token), every=False), values
+    return from_values(model, bound, values, Label(model.known_fingerprint(), model.weights.token), every=False), values
 
 
 def closures(rec: Recording, values: Values) -> Iterator[Closure]:
     """Lines 1-4 and the pre-activations of line 8, each at its worst layer."""
     model, a = rec.model, rec.model.anatomy
-    loose, tight = tolerance(model), tolerance(model, through_float32=False)
+    loose, tight = closure_tolerance(model), closure_tolerance(model, through_float32=False)
     for line, identity, check in (
         ("1", "resid_mid is what the MLP's norm reads", _mid),
         ("1", "resid_pre + attn_out + mlp_out = resid_post", _block),

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from resid_surgery._check import choice, message
-from resid_surgery.errors import ArgumentError, StaleRecordingError
+from resid_surgery.errors import ArgumentError, ClosureError, StaleRecordingError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import BoundPrompt, Prompt, bind
 from resid_surgery.models.tracing import AttentionCall, Tap, TapName, Values, forward
@@ -134,6 +134,9 @@ class Recording:
     def require_fresh(self) -> None:
         """Refuse to be used on weights other than those that it was made with.
 
+        A full hash is compared. Where a write to single elements through ``.data`` before the
+        recording escaped the quick look, the forward is repeated and must agree bit for bit.
+
         Raises:
             StaleRecordingError: the model's weights changed since.
         """
@@ -141,7 +144,7 @@ class Recording:
         if now == self.fingerprint:
             self.label.verified = True
             return
-        if not self.label.verified and self.label.token == self.model.quick_token() and self._reproduces():
+        if not self.label.verified and self.label.token == self.model.weights.quick_token() and self._reproduces():
             # the change came before the recording, too small for the quick look to see it
             self.label.fingerprint, self.label.verified = now, True
             return
@@ -192,11 +195,54 @@ def record(model: OpenedModel, prompt: Prompt, *, positions: Literal["target", "
 def record_bound(model: OpenedModel, bound: BoundPrompt, *, every: bool) -> Recording:
     """Record a bound prompt; `every` keeps the stream at all positions."""
     fingerprint = model.known_fingerprint()
-    label = Label(fingerprint, model.token)
+    label = Label(fingerprint, model.weights.token)
     ids = torch.tensor([bound.ids], device=model.shadow.get_input_embeddings().weight.device)  # type: ignore[operator]
     everywhere = [Tap(name, i) for i in range(model.anatomy.n_layers) for name in _STREAM] if every else []
     values = forward(model, ids, record_taps(model), at=bound.position, everywhere=everywhere)
-    return from_values(model, bound, values, label, every=every)
+    rec = from_values(model, bound, values, label, every=every)
+    require_closed(rec)
+    return rec
+
+
+def require_closed(rec: Recording) -> None:
+    """Refuse a recording whose stream or heads do not sum (a hook that changes the model, say).
+
+    Raises:
+        ClosureError: the identity and the error are named.
+    """
+    layers, most = rec.layers, closure_tolerance(rec.model)
+    pre = torch.stack([rec.work(one.resid_pre) for one in layers])
+    added = torch.stack([rec.work(one.attn_out) + rec.work(one.mlp_out) for one in layers])
+    post = torch.cat([pre[1:], rec.work(rec.resid_final)[None]])
+    size = max(1e-30, float(torch.stack([pre.abs().max(), added.abs().max(), post.abs().max()]).max()))
+    stream = float((pre + added - post).abs().max()) / size
+    heads = max(_head_error(one) for one in layers)
+    for identity, error in (("resid_pre + attn_out + mlp_out = resid_post", stream), ("sum of alpha v = heads", heads)):
+        if not error <= most:
+            raise ClosureError(
+                f"this recording of {rec.model.name} is refused: '{identity}' fails with relative error {error:.2g}, "
+                f"allowed {most:.2g}. The model closed when it was loaded: does a hook change it, or an attention "
+                "implementation use a mask that it does not pass on?"
+            )
+
+
+def _head_error(layer: LayerRecord) -> float:
+    """|sum of alpha v - z| over the largest value."""
+    value = layer.value.to(layer.alpha)
+    per_group = layer.alpha.view(value.shape[0], -1, value.shape[1])
+    z = (per_group @ value).flatten(0, 1)
+    return float((z - layer.z.to(z)).abs().max()) / max(1e-30, float(value.abs().max()))
+
+
+def closure_tolerance(model: OpenedModel, *, through_float32: bool = True) -> float:
+    """Largest accepted error relative to the largest addend, by dtype.
+
+    float64: 1e-10, or 1e-6 through a module that transformers computes in float32 (its RMSNorm
+    and softmax are); float32: 1e-5; bfloat16 and float16: 4 eps.
+    """
+    if model.dtype == torch.float64:
+        return 1e-6 if through_float32 else 1e-10
+    return 1e-5 if model.dtype == torch.float32 else 4 * torch.finfo(model.dtype).eps
 
 
 def record_taps(model: OpenedModel) -> list[Tap]:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from resid_surgery._check import choice
 from resid_surgery.errors import SiteError
-from resid_surgery.models.anatomy import LinearMap, Norm
 from resid_surgery.models.opening import OpenedModel
+from resid_surgery.models.parts import LinearMap, Norm
 from resid_surgery.sites import AttnNeuron, Bias, Constant, Head, HeadSource, Neuron, Resid, Site, Sublayer
 from resid_surgery.stream.recording import LayerRecord, Recording, repeat_kv
 

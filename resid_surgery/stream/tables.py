@@ -72,7 +72,7 @@ def lens(rec: Recording, *, top: int = 5) -> pd.DataFrame:
         rec: a recording. top: how many tokens a state, >= 1.
 
     Returns:
-        Columns: site, layer, rank (1 is the most probable; the target's row is always there),
+        Columns: step (forward order), site, layer, rank (1 is the most probable; the target's row is always there),
         token, token_id, role ("top", "target" or "versus"), prob, log_prob (nats), norm ("own"),
         position.
 
@@ -85,18 +85,18 @@ def lens(rec: Recording, *, top: int = 5) -> pd.DataFrame:
     whole("top", top, 1, rec.model.vocab_size, model=rec.model.name)
     names, states = stream_states(rec)
     readout, rows = Readout.of(rec), []
-    for name, layer, state in zip(names, _layers_of(names), states, strict=True):
+    for step, (name, layer, state) in enumerate(zip(names, _layers_of(names), states, strict=True)):
         log_p = readout.lens(state[None])[0]
         wanted = {int(i): "top" for i in log_p.topk(top).indices}
         wanted |= {token: role for token, _, role in rec.prompt.roles()}
         for token, role in wanted.items():
             rank = 1 + int((log_p > log_p[token]).sum())
             value = float(log_p[token])
-            rows.append((name, layer, rank, token, role, float(log_p[token].exp()), value))
-    table = pd.DataFrame(rows, columns=["site", "layer", "rank", "token_id", "role", "prob", "log_prob"])
-    table.insert(3, "token", token_names(rec.model, table["token_id"].tolist()))
+            rows.append((step, name, layer, rank, token, role, float(log_p[token].exp()), value))
+    table = pd.DataFrame(rows, columns=["step", "site", "layer", "rank", "token_id", "role", "prob", "log_prob"])
+    table.insert(4, "token", token_names(rec.model, table["token_id"].tolist()))
     table["norm"], table["position"] = "own", rec.prompt.position
-    return table.sort_values(["layer", "site", "rank"], kind="stable", ignore_index=True)
+    return table.sort_values(["step", "rank"], kind="stable", ignore_index=True)
 
 
 def stream_states(rec: Recording) -> tuple[list[str], list[Tensor]]:

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from resid_surgery.models.anatomy import Norm
 from resid_surgery.models.opening import OpenedModel
+from resid_surgery.models.parts import Norm
 from resid_surgery.models.prompts import token_text
 from resid_surgery.stream.recording import Recording
 

@@ -1,7 +1,9 @@
 """Effects: what interventions did to the logits, split so that nothing is left over.
 
 For token w, with r -> r' the final stream, s its clean scale and s' the new one, the change of the
-logit before a soft-cap is the sum of four parts, each measured separately:
+logit before a soft-cap is the sum of four parts. The first three are computed from what the operations
+did and from the norms; the fourth from the addends of both rows; their sum is compared with the
+logits that the model computed:
 
     direct     = W_U[w] . N_s(what each operation at t left minus what it found in this run, through
                  the post-norm frozen at what it found)

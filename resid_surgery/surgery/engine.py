@@ -16,8 +16,8 @@ from torch import Tensor
 from resid_surgery.errors import InterventionError
 from resid_surgery.models.tracing import AttentionCall, Tap, TapName, Values, forward
 from resid_surgery.sites import AttnNeuron, Head, HeadSource, Neuron, Resid, Site, Sublayer
-from resid_surgery.stream.closing import relative, tolerance
-from resid_surgery.stream.recording import Recording, attention_row, repeat_kv
+from resid_surgery.stream.closing import relative
+from resid_surgery.stream.recording import Recording, attention_row, closure_tolerance, repeat_kv
 from resid_surgery.surgery.interventions import Operation
 
 TOKENS_A_CHUNK = 512
@@ -78,7 +78,7 @@ def run_rows(rec: Recording, rows: Sequence[RowOps]) -> Iterable[tuple[Run, Run]
 
 def _check_control(rec: Recording, control: Run) -> None:
     error = relative(control.bs, rec.work(rec.bs_values))
-    if not error <= 10 * tolerance(rec.model):
+    if not error <= 10 * closure_tolerance(rec.model):
         raise InterventionError(
             f"the control row of {rec.model.name} differs from the recording by {error:.2g} of its largest logit: "
             "rows of a batch are not independent in this model, so no effect can be measured."
@@ -232,7 +232,7 @@ class _Batch:
         An operated projection must have written what follows from the input left to it, and the
         final stream must be the sum of the addends and of what was done to states.
         """
-        most = 10 * tolerance(self.model)
+        most = 10 * closure_tolerance(self.model)
         for tap, placed in self.placed.items():
             part, steered = _raw_part(tap), Tap(f"{_raw_part(tap)}_raw", tap.layer) in self.placed  # type: ignore[arg-type]
             for row, op in placed:

@@ -138,12 +138,9 @@ class Steer(Intervention):
             tensor = torch.as_tensor(vector).detach().clone()
         except (TypeError, ValueError, RuntimeError):
             raise ArgumentError(_check.message("vector", "a vector of d_model numbers", vector)) from None
-        if tensor.ndim != 1 or not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            raise ArgumentError(
-                _check.message(
-                    "vector", "a vector of d_model finite floats", f"shape {tuple(tensor.shape)}, {tensor.dtype}"
-                )
-            )
+        if tensor.ndim != 1 or tensor.is_complex() or not bool(torch.isfinite(tensor).all()):
+            got = f"shape {tuple(tensor.shape)}, {tensor.dtype}, finite: {bool(torch.isfinite(tensor).all())}"
+            raise ArgumentError(_check.message("vector", "a vector of d_model finite numbers", got))
         object.__setattr__(self, "sites", sites)
         object.__setattr__(self, "vector", tensor)
         object.__setattr__(self, "positions", positions)
@@ -302,19 +299,31 @@ def _value_at_target(donor: Recording, site: Site) -> Tensor:
 
 def _refuse_overlaps(operations: Sequence[Operation]) -> None:
     """Writes to one place, or to a whole and its part, are refused unless all scale or steer."""
-    groups: dict[tuple[Any, ...], list[Operation]] = {}
+    groups: dict[tuple[Any, ...], dict[Site, list[Operation]]] = {}
     for op in operations:
-        groups.setdefault((_region(op.site), op.position), []).append(op)
+        groups.setdefault((_region(op.site), op.position), {}).setdefault(op.site, []).append(op)
     for group in groups.values():
-        for a, b in itertools.combinations(group, 2):
-            same = a.origin is b.origin and a.site == b.site
-            harmless = all(isinstance(op.origin, (Scale, Steer)) for op in (a, b))
-            if _overlap(a.site, b.site) and (same or not harmless):
-                raise InterventionError(
-                    f"{a.origin!r} and {b.origin!r} both write {a.site}"
-                    + (f" and {b.site}, one inside the other," if a.site != b.site else "")
-                    + f" at position {a.position}. Keep one, or use Scale and Steer only, which combine."
-                )
+        for same in group.values():
+            for a, b in itertools.combinations(same, 2):
+                _refuse(a, b)
+        # neurons can only meet themselves or their whole sublayer: no need to compare them pairwise
+        coarse = [site for site in group if not isinstance(site, Neuron)]
+        for site in coarse:
+            for other in group:
+                if (isinstance(other, Neuron) or str(site) < str(other)) and _overlap(site, other):
+                    for a, b in itertools.product(group[site], group[other]):
+                        _refuse(a, b)
+
+
+def _refuse(a: Operation, b: Operation) -> None:
+    """Raise unless two writes to one place combine."""
+    if all(isinstance(op.origin, (Scale, Steer)) for op in (a, b)):
+        return
+    raise InterventionError(
+        f"{a.origin!r} and {b.origin!r} both write {a.site}"
+        + (f" and {b.site}, one inside the other," if a.site != b.site else "")
+        + f" at position {a.position}. Keep one, or use Scale and Steer only, which combine."
+    )
 
 
 def _region(site: Site) -> tuple[Any, ...]:

@@ -52,22 +52,21 @@ def _mark(ax: "Axes", target: pd.DataFrame, marked: Sequence[Site]) -> None:
     """Markers on the target's curve at the state that a site's sublayer has just written."""
     heights = dict(zip(target["site"], zip(target["step"], target["bs_value"], strict=True), strict=True))
     last = target.iloc[-1]
-    seen: dict[str, list[Site]] = {}
+    seen: dict[tuple[str, bool], list[Site]] = {}
     for site in marked:
-        layer: int = getattr(site, "layer", 0)
-        after = f"L{layer + 1}.resid_pre" if isinstance(site, Neuron) else f"L{layer}.resid_mid"
-        seen.setdefault(after if after in heights else f"L{layer + 1}.resid_pre", []).append(site)
+        layer, neuron = getattr(site, "layer", 0), isinstance(site, Neuron)
+        after = f"L{layer + 1}.resid_pre" if neuron else f"L{layer}.resid_mid"
+        after = after if after in heights else f"L{layer + 1}.resid_pre"  # a parallel block has no middle
+        seen.setdefault((after, neuron), []).append(site)
+    ends = (last["step"], last["bs_value"])
     for kind, marker, label in ((True, "o", "located neurons"), (False, "^", "located attention subvalues")):
-        places = [heights.get(name, (last["step"], last["bs_value"])) for name, sites in seen.items()
-                  if isinstance(sites[0], Neuron) is kind]  # fmt: skip
+        places = [heights.get(name, ends) for name, neuron in seen if neuron is kind]
         if places:
             ax.plot(*zip(*places, strict=True), marker, ms=7, color="black", mfc="none", mew=1.4, ls="", label=label)
-    ordered = sorted(seen.items(), key=lambda item: heights.get(item[0], (last["step"], 0))[0])
-    for i, (name, sites) in enumerate(ordered):
-        step, height = heights.get(name, (last["step"], last["bs_value"]))
+    for i, ((name, _), sites) in enumerate(sorted(seen.items(), key=lambda item: heights.get(item[0][0], ends)[0])):
         more = f" +{len(sites) - 1}" if len(sites) > 1 else ""
         left = i % 2 == 0  # alternate sides, so that neighbours on a steep curve do not collide
-        ax.annotate(f"{sites[0]}{more}", (step, height), xytext=(-14 if left else 14, 12 if left else -12),
+        ax.annotate(f"{sites[0]}{more}", heights.get(name, ends), xytext=(-14 if left else 14, 12 if left else -12),
                     textcoords="offset points", fontsize=7, ha="right" if left else "left", va="center",
                     arrowprops={"arrowstyle": "-", "lw": 0.5})  # fmt: skip
     ax.set_xlim(right=last["step"] * 1.08)

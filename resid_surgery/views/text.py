@@ -122,12 +122,16 @@ def _brief_effects(out: Console, done: Operated) -> None:
             row[f"{one['token']!r} logit"] = one["bs_change"]
             row["p"] = f"{one['prob_before']:.3f} -> {one['prob_after']:.3f}" if one["role"] == "target" else row["p"]
         target = group[group["role"] == "target"].iloc[0]
+        row["centred"] = target["bs_change_centred"]
         for part in ("direct", "post_norm", "norm_scale", "indirect"):
-            row[part] = target[part]
+            row[part] = target[f"{part}_centred"]
         row["rank"] = f"{target['rank_before']} -> {target['rank_after']}"
         rows.append(row)
     table = pd.DataFrame(rows)
     show(out, table.loc[:, (table != 0).any()])
+    name = done.rec.prompt.names[done.rec.prompt.target]
+    out.print(Text(f"centred: the change of {name!r} minus the vocabulary's mean, a common shift that changes no "
+                   "probability; it is the sum of the columns right of it"))  # fmt: skip
     whole = done.together["all of them"]
     movers = whole.table[whole.table["role"] == "mover"]
     shown = ", ".join(f"{t!r} {a:.3f} -> {b:.3f}" for t, a, b in
