@@ -52,13 +52,13 @@ class UpperBounds:
         eps = torch.finfo(p.dtype).eps
         self.per_length = 8 * eps * math.sqrt(rec.model.anatomy.d_model) * float(self.row_norms.max())
         self.flat = 8 * eps * (1 + math.log(rec.model.vocab_size))
-        self.size = 8 * eps * states.bs.abs().amax(0)
+        self.size = 8 * eps * float(torch.stack(states.bs.aminmax()).abs().max())
 
     def of(self, block: Block, state: int) -> Float[Tensor, " count"]:
         """Upper bounds (nats), rounding slack included; exactly 0 where the addend is zero."""
         directions = self.g[state][None] if self.cap is None else torch.stack([self.g[state], self.w[0]])
         dots, length, rounding, doubt = self._moved(block, state, directions)
-        slack = self.per_length * (length + rounding) + self.flat + self.size[state] + 2 * doubt
+        slack = self.per_length * (length + rounding) + self.flat + self.size + 2 * doubt
         if self.cap is None:
             bound = dots[0]
         else:

@@ -9,7 +9,6 @@ For one state x everything about it that does not depend on v is computed once (
 are then scored as D = bs(x + v) - bs(x),  C = D_w - log sum_i p_i exp(D_i).
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
@@ -107,9 +106,8 @@ class States:
         if float(torch.stack(d.aminmax()).abs().max()) > SAFE_EXPONENT:
             return gain - self._log_mean_exp(which, d)
         d.expm1_()  # log sum p exp(D) = log1p(sum p (exp(D) - 1)): exact for small D, and C(0) = 0
-        sums = torch.empty_like(gain)
-        for low, high, state in _runs(which.tolist()):
-            sums[low:high] = weighted_sum(self.p[:, state], d[:, low:high])
+        states, home = torch.unique(which, return_inverse=True)
+        sums = blocked_product(self.p[:, states], d)[home, torch.arange(d.shape[1])]
         return gain - sums.log1p_()
 
     def _log_mean_exp(self, which: Tensor, d: Tensor) -> Tensor:
@@ -120,22 +118,13 @@ class States:
         return (total.log() + top - self.log_z[which]).to(d.dtype)
 
 
-def weighted_sum(
-    p: Float[Tensor, " vocabulary"], d: Float[Tensor, "vocabulary n"], block: int = 512
-) -> Float[Tensor, " n"]:
-    """sum_i p_i d_i in blocks: one long float32 product would be off by 1e-4 over 50k rows."""
+def blocked_product(
+    p: Float[Tensor, "vocabulary state"], d: Float[Tensor, "vocabulary n"], block: int = 512
+) -> Float[Tensor, "state n"]:
+    """p^T d, summed in blocks: one long float32 product would be off by 1e-4 over 50k rows."""
     n = len(p) // block * block
-    parts = torch.bmm(p[:n].reshape(n // block, 1, block), d[:n].view(n // block, block, d.shape[1]))
-    return parts.sum(0)[0] + p[n:] @ d[n:]
-
-
-def _runs(which: list[int]) -> Iterator[tuple[int, int, int]]:
-    """(first, after, value) of each run of equal neighbours."""
-    low = 0
-    for value, run in itertools.groupby(which):
-        high = low + len(list(run))
-        yield low, high, value
-        low = high
+    left, right = (x[:n].reshape(n // block, block, x.shape[1]) for x in (p, d))
+    return torch.bmm(left.transpose(1, 2), right).sum(0) + p[n:].T @ d[n:]
 
 
 def logsumexp_(z: Float[Tensor, "n vocabulary"]) -> Float[Tensor, " n"]:

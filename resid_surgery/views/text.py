@@ -160,7 +160,7 @@ def _cell(value: Any, column: str) -> str:
         if value != value:
             return ""
         small = column in ("closure", "error", "tolerance")
-        return f"{value:.1e}" if small else f"{value:.4f}"
+        return f"{value:.1e}" if small else f"{round(value, 4) + 0.0:.4f}"
     return str(value)
 
 
