@@ -65,7 +65,8 @@ def _mark(ax: "Axes", target: pd.DataFrame, marked: Sequence[Site]) -> None:
             ax.plot(*zip(*places, strict=True), marker, ms=7, color="black", mfc="none", mew=1.4, ls="", label=label)
     for i, ((name, _), sites) in enumerate(sorted(seen.items(), key=lambda item: heights.get(item[0][0], ends)[0])):
         more = f" +{len(sites) - 1}" if len(sites) > 1 else ""
-        left = i % 2 == 0  # alternate sides, so that neighbours on a steep curve do not collide
+        # alternate sides, so that neighbours on a steep curve do not collide; never over the edge
+        left = i % 2 == 0 or i == len(seen) - 1
         ax.annotate(f"{sites[0]}{more}", heights.get(name, ends), xytext=(-14 if left else 14, 12 if left else -12),
                     textcoords="offset points", fontsize=7, ha="right" if left else "left", va="center",
                     arrowprops={"arrowstyle": "-", "lw": 0.5})  # fmt: skip
