@@ -433,3 +433,12 @@ def test_layers_of_different_widths_are_refused():
     mlp.down_proj = torch.nn.Linear(32, 24, dtype=torch.float64)
     with pytest.raises(rs.UnsupportedModelError, match="differ in width"):
         rs.load(module)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_no_op_changes_no_column_in_half_precision_either(family):
+    rec = rs.record(shared(family, torch.bfloat16), rs.Prompt(ids=[5, 4, 3, 2], target=1))
+    sites = ["L1.N3", "L1.H1", "L1.H1<2", "L1.H1.D2", "L1.attn", "L1.mlp", "L1.resid_pre", "embed"]
+    sites += [] if rec.model.anatomy.parallel else ["L1.resid_mid"]
+    for effect in rs.intervene_each(rec, [rs.Scale(site, 1.0) for site in sites]):
+        assert columns(effect).abs().max() == 0

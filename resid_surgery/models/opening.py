@@ -125,13 +125,14 @@ class OpenedModel:
     @property
     def shadow(self) -> nn.Module:
         """The module that forwards run on; rebuilt when the user's module tree changed."""
-        token = self.weights.structure()
-        if self._shadow is None or token != self._shadow_token:
-            shared = {id(t): t for t in self.weights.tensors()}
-            self._shadow = copy.deepcopy(self.module, memo=dict(shared)).eval()
-            self._shadow_token = token
-            self.cache.pop("traced", None)
-        return self._shadow
+        with self.lock:
+            token = self.weights.structure()
+            if self._shadow is None or token != self._shadow_token:
+                shared: dict[int, Any] = {id(t): t for t in self.weights.tensors()}
+                self._shadow = copy.deepcopy(self.module, memo=shared).eval()
+                self._shadow_token = token
+                self.cache.pop("traced", None)
+            return self._shadow
 
     def fingerprint(self) -> str:
         """Hash of every parameter and buffer, taken now (24 ms for 540 MB)."""

@@ -117,6 +117,8 @@ class Square:
         key = (rec.fingerprint, layer, part, self.gained)
         kept = rec.model.cache.setdefault("row_squares", {})
         if key not in kept:
+            for old in [k for k in kept if k[0] != rec.fingerprint]:
+                kept.pop(old, None)
             kept[key] = self.apply(post.unscaled(rec.work(rec.model.rows(layer, part).rows))).square().sum(-1)
         return kept[key] if post.s is None else kept[key] / post.s.square()  # type: ignore[no-any-return]
 

@@ -151,7 +151,7 @@ class Effect:
         return table
 
     def _norm_scale_row(self, columns: Any) -> list[Any]:
-        scale = _list(self._norm_scale(self.rec.prompt.readouts))
+        scale = _list(self._readout.rows(self.rec.prompt.readouts) @ self._norm_scale())
         row: dict[str, Any] = {"site": "norm_scale", "kind": "norm_scale", "layer": pd.NA, "operated": False}
         row |= {"bs_before": 0.0, "bs_after": scale[0], "bs_change": scale[0], "direct": 0.0, "post_norm": 0.0}
         row |= {"indirect": 0.0} | {f"bs_change_versus_{i}": v for i, v in enumerate(scale[1:], start=1)}
@@ -163,10 +163,10 @@ class Effect:
         base = Readout.of(self.rec)
         return Readout(base.model, base.norm, base.norm.scale(self.before.final), base.constants)
 
-    def _norm_scale(self, tokens: Sequence[int]) -> Tensor:
-        norm, rest = self._readout.norm, self.after.final
-        moved = norm.linear(rest, norm.scale(rest)) - norm.linear(rest, self._readout.s)
-        return self._readout.rows(tokens) @ moved
+    def _norm_scale(self) -> Tensor:
+        """N_s'(r') - N_s(r'): what the norm's new scale makes of the final stream."""
+        norm, final = self._readout.norm, self.after.final
+        return norm.linear(final, norm.scale(final)) - norm.linear(final, self._readout.s)
 
     def _split(self, ids: list[int]) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Each part's logits of some tokens, and its mean over the vocabulary."""
@@ -175,13 +175,12 @@ class Effect:
         post = torch.stack([row.post_norm for row in rows]).sum(0)
         rest = torch.stack([row.change - row.direct - row.post_norm for row in rows]).sum(0)
         norm = readout.norm
-        moved = norm.linear(self.after.final, norm.scale(self.after.final)) - norm.linear(self.after.final, readout.s)
         read = {
             name: norm.linear(v, readout.s) for name, v in (("direct", direct), ("post_norm", post), ("indirect", rest))
         }
-        read["norm_scale"] = moved
+        read["norm_scale"] = self._norm_scale()
         w = readout.rows(ids)
-        uniform = torch.full((1, self.rec.model.vocab_size), 1 / self.rec.model.vocab_size).to(moved)
+        uniform = torch.full((1, self.rec.model.vocab_size), 1 / self.rec.model.vocab_size).to(direct)
         average = readout.mix(uniform)[0]
         return {k: w @ v for k, v in read.items()}, {k: float(average @ v) for k, v in read.items()}
 

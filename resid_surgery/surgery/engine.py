@@ -163,9 +163,9 @@ class _Batch:
             before, region = at.clone(), at
             region += delta
         elif isinstance(op.site, Resid) and op.site.stage == "mid":
-            base = seen[Tap("block_in", tap.layer)][row, op.position].to(at)
             before, region = at.clone(), at
-            region.copy_(_left(op, base + before) - base)
+            mid = self.rec.work(seen[Tap("block_in", tap.layer)][row, op.position]) + self.rec.work(before)
+            region += (_left(op, mid) - mid).to(at)  # as a difference: Scale(1) is exactly nothing
         else:
             region, part = self._region(op, at, seen, row)
             before = region.clone()
