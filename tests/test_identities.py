@@ -1,4 +1,4 @@
-"""Section 3 of the design: everything sums, on every family, against loops and against itself."""
+"""The mathematics: everything sums, on every family, against loops and against itself."""
 
 import math
 

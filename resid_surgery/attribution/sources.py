@@ -51,7 +51,7 @@ def sources(rec: Recording, reader: Any, *, grain: str = "layer", top: int = 10,
     Raises:
         SiteError: the reader is no neuron of the model. ArgumentError: unknown grain or norm.
 
-    Source: Yu & Ananiadou, arXiv 2312.12141 (query neurons); exact form: DESIGN of this library.
+    Source: Yu & Ananiadou, arXiv 2312.12141 (query neurons).
     """
     _check.choice("grain", grain, GRAINS)
     _check.choice("norm", norm, SOURCE_NORMS)
