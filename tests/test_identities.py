@@ -230,3 +230,19 @@ def test_single_token_prompts_work(token):
     rec = rs.record(shared("llama"), rs.Prompt(ids=[token], target=3))
     assert rec.layers[0].alpha.tolist() == [[1.0]] * rec.model.anatomy.n_heads
     assert rs.decompose(rec, grain="subvalue")["closure"].iloc[0] <= 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stream_ends_at_the_models_own_logits(family):
+    """Constants included: GPT-2's final-norm bias is part of what every state says."""
+    rec = rs.record(shared(family), rs.Prompt(ids=[5, 4, 3], target=1, versus=[7, 9]))
+    table = rs.stream_bs(rec)
+    last = table[table["step"] == table["step"].max()]
+    assert last["bs_value"].tolist() == pytest.approx([float(rec.bs_values[i]) for i in (1, 7, 9)], abs=1e-6)
+    first = rs.decompose(rec).query("kind in ['embed', 'constant']")["bs_target"].sum()
+    assert table["bs_value"].iloc[0] == pytest.approx(first, abs=1e-9)
+    lens = rs.lens(rec, top=1)
+    assert lens["step"].is_monotonic_increasing
+    assert lens.query("step == step.max() and role == 'target'")["log_prob"].iloc[0] == pytest.approx(
+        float(torch.log_softmax(rec.logits, -1)[1]), abs=1e-6
+    )
