@@ -48,7 +48,7 @@ def test_all_rows_of_the_ledger_sum_to_the_models_own_logits(family, dtype, prom
         plain = rec.model.module(torch.tensor([prompt.ids])).logits[0, rec.prompt.position, rec.prompt.target]
     shown = cap * math.tanh(logit / cap) if cap else logit
     assert shown == pytest.approx(float(plain), abs=3 * max(1e-6, close(family, dtype)) * (1 + len(table) ** 0.5))
-    assert (table["closure"] <= 1e-4).all()
+    assert table["closure"].iloc[0] <= 3 * max(1e-6, close(family, dtype)) * (1 + table["bs_target"].abs().max())
 
 
 @pytest.mark.parametrize(("layers", "expected"), [(16, 33), (96, 193)])
@@ -185,7 +185,7 @@ def test_half_precision_tables_close_through_a_rounding_row(dtype):
     rec = rs.record(rs.load(build("llama", dtype)), rs.Prompt(ids=[1, 2, 3], target=4))
     table = rs.decompose(rec)
     assert table["kind"].iloc[-1] == "rounding"
-    assert table["closure"].iloc[0] <= 4 * torch.finfo(dtype).eps * table["bs_target"].abs().max() + 1e-2
+    assert table["closure"].iloc[0] <= 4 * torch.finfo(dtype).eps * table["bs_target"].abs().max()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -152,14 +152,14 @@ class Listed:
     """A block and its states in one, with given scores: the search alone is under test."""
 
     def __init__(self, scores):
-        self.scores, self.count, self.zero = scores, len(scores), None
+        self.scores, self.count, self.zero, self.chunk = scores, len(scores), None, 7
         self.index, self.bs = {(0, "mlp"): 0}, scores
 
     def vectors(self, members):
-        return members[:, None]
+        return members[:, None].double()
 
     def evaluate(self, which, vectors):
-        return self.scores[vectors[:, 0]]
+        return self.scores[vectors[:, 0].long()]
 
 
 @given(st.lists(st.tuples(st.integers(-6, 6), st.floats(0, 8)), min_size=1, max_size=40), st.integers(1, 40))

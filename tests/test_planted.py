@@ -80,7 +80,7 @@ CASES = {
         lambda m: layout(m, "gpt_neox", mlp_norm="input_layernorm", attn_norm="post_attention_layernorm"),
         "does not describe",
     ),
-    "wrong down-projection": ("opt", lambda m: layout(m, "opt", mlp_out="self_attn.out_proj"), ""),
+    "wrong down-projection": ("opt", lambda m: layout(m, "opt", mlp_out="self_attn.out_proj"), "does not describe"),
 }
 
 

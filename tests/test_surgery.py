@@ -26,7 +26,7 @@ def where(rec: rs.Recording, kind: str) -> object:
 
 
 def close(dtype: torch.dtype) -> float:
-    return 1e-6 if dtype == torch.float64 else 2e-4
+    return 1e-6 if dtype == torch.float64 else 1e-5
 
 
 @given(families, dtypes, prompts(), positions, st.data())

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from resid_surgery import _check
 from resid_surgery.attribution.bounds import UpperBounds
-from resid_surgery.attribution.scores import States, check_query, evaluate_block, places_of
+from resid_surgery.attribution.scores import States, check_query, places_of
 from resid_surgery.errors import ArgumentError
 from resid_surgery.sites import Site
 from resid_surgery.stream.recording import Recording, need_recording
-from resid_surgery.stream.subvalues import Block
+from resid_surgery.stream.subvalues import Block, Numbering
 from resid_surgery.stream.tables import bs_columns
 
 SCORES = ("log_prob_increase",)
@@ -106,7 +106,7 @@ def locate(
         chosen = search.certified(k, torch.cat(bounds))
     return Located(
         table=_table(rec, search, chosen, norm),
-        sites=tuple(search.site(i) for i in chosen),
+        sites=tuple(search.numbering.site(i) for i in chosen),
         evaluations=search.evaluations,
         candidates=total,
         proof="exhaustive" if worst else "certificate",
@@ -119,40 +119,21 @@ class _Search:
     """Candidates of all blocks under one numbering, in tie order, with the scores known so far."""
 
     def __init__(self, blocks: Sequence[tuple[int, str, Block]], states: States) -> None:
-        self.blocks, self.states = blocks, states
-        counts = torch.tensor([block.count for _, _, block in blocks])
-        self.first = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
-        self.known = torch.full((int(counts.sum()),), torch.nan, dtype=states.bs.dtype)
-        for b, (_, _, block) in enumerate(blocks):
+        self.places = [(layer, part) for layer, part, _ in blocks]
+        self.numbering, self.states = Numbering([block for _, _, block in blocks]), states
+        self.state_of = torch.tensor([states.index[place] for place in self.places])
+        self.known = torch.full((len(self.numbering),), torch.nan, dtype=states.bs.dtype)
+        counts = [block.count for _, _, block in blocks]
+        for (_, _, block), known in zip(blocks, torch.split(self.known, counts), strict=True):
             if block.zero is not None:  # C(0) = 0, no evaluation needed
-                self.known[self.first[b] : self.first[b + 1]][block.zero.cpu()] = 0.0
+                known[block.zero.cpu()] = 0.0
         self.evaluations = 0
-
-    def site(self, i: int) -> Site:
-        b, member = self._place(i)
-        return self.blocks[b][2].site(member)
-
-    def _place(self, i: int) -> tuple[int, int]:
-        b = int(torch.searchsorted(self.first, i, right=True)) - 1
-        return b, i - int(self.first[b])
-
-    def gather(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """(state of each, vector of each) of candidates in ascending order of number."""
-        home = torch.searchsorted(self.first, numbers, right=True) - 1
-        vectors, which = [], []
-        for b in sorted(set(home.tolist())):
-            layer, part, block = self.blocks[b]
-            members = numbers[home == b] - self.first[b]
-            vectors.append(block.vectors(members))
-            which.append(torch.full((len(members),), self.states.index[layer, part]))
-        return torch.cat(which), torch.cat(vectors)
 
     def evaluate(self, numbers: Tensor) -> None:
         """Exact scores of candidates by number."""
-        if len(numbers):
-            numbers = numbers.sort().values
-            self.known[numbers] = self.states.evaluate(*self.gather(numbers)).cpu()
-            self.evaluations += len(numbers)
+        which = self.state_of[self.numbering.home(numbers)]
+        self.known[numbers] = self.states.evaluate(which, self.numbering.vectors(numbers)).cpu()
+        self.evaluations += len(numbers)
 
     def certified(self, k: int, bounds: Tensor) -> list[int]:
         """The best k, evaluating in descending order of the bound until the rest is ruled out."""
@@ -175,14 +156,8 @@ class _Search:
 
     def exhaustive(self, k: int) -> list[int]:
         """The worst k, evaluating every candidate."""
-        for b, (layer, part, block) in enumerate(self.blocks):
-            low, high = int(self.first[b]), int(self.first[b + 1])
-            members = torch.nonzero(self.known[low:high].isnan())[:, 0]
-            if len(members):
-                self.known[low + members] = evaluate_block(
-                    self.states, self.states.index[layer, part], block, members
-                ).cpu()
-            self.evaluations += len(members)
+        for numbers in torch.split(torch.nonzero(self.known.isnan())[:, 0], self.states.chunk):
+            self.evaluate(numbers)
         return self._first(k, descending=False)
 
     def _first(self, k: int, *, descending: bool) -> list[int]:
@@ -212,17 +187,16 @@ def _tie_width(value: Tensor) -> Tensor:
 
 
 def _table(rec: Recording, search: _Search, chosen: list[int], norm: str) -> pd.DataFrame:
-    places = [search._place(i) for i in chosen]
+    numbering = search.numbering
+    blocks = [numbering.place(i)[0] for i in chosen]
     directions = search.states.readout.directions(rec.prompt.readouts)
-    ascending = torch.tensor(chosen).sort()
-    bs = torch.empty(len(chosen), len(directions), dtype=directions.dtype)
-    bs[ascending.indices] = (search.gather(ascending.values)[1] @ directions.T).cpu()
+    bs = (numbering.vectors(torch.tensor(chosen)) @ directions.T).cpu()
     table = pd.DataFrame(
         {
             "rank": range(1, len(chosen) + 1),
-            "site": [str(search.site(i)) for i in chosen],
-            "kind": [search.blocks[b][2].kind for b, _ in places],
-            "layer": [search.blocks[b][0] for b, _ in places],
+            "site": [str(numbering.site(i)) for i in chosen],
+            "kind": [numbering.blocks[b].kind for b in blocks],
+            "layer": [search.places[b][0] for b in blocks],
             "log_prob_increase": [float(search.known[i]) for i in chosen],
         }
         | {name: bs[:, i].double().numpy() for i, name in enumerate(bs_columns(rec))}

@@ -5,7 +5,7 @@ or each state's own norm. x is resid_mid for an MLP and its neurons, resid_pre f
 heads and (head, source) pairs (resid_pre for both in a parallel block); the readout's constants
 belong to x. C(0) = 0, and C is not additive.
 
-For one state x everything about it that does not depend on v is computed once (`State`), and many v
+For one state x everything about it that does not depend on v is computed once (`States`), and many v
 are then scored as D = bs(x + v) - bs(x),  C = D_w - log sum_i p_i exp(D_i).
 """
 
@@ -19,8 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from resid_surgery import _check
-from resid_surgery.errors import ArgumentError
-from resid_surgery.stream.recording import Recording, need_recording
+from resid_surgery.stream.recording import Recording, be_recording, need_recording
 from resid_surgery.stream.subvalues import KINDS, Block, candidates, state_of
 from resid_surgery.stream.vocabulary import Readout
 
@@ -144,8 +143,8 @@ def scores(rec: Recording, *, kind: str = "neuron", norm: str = "frozen", layers
     """The exact log-prob increase of *every* subvalue of a kind (paper: contribution score).
 
     C(v, x) = log p(w, x + v) - log p(w, x), nats. One vocabulary product per subvalue, streamed in
-    bounded memory: about 20 s for all neurons of the embedded model. `locate` proves the best k in
-    a two-hundredth of that.
+    bounded memory: half a minute for all neurons of the embedded model. `locate` proves the best
+    few in less than a hundredth of that.
 
     Args:
         rec: a recording. kind: "neuron", "head", "head_source", "attn_neuron" or "layer".
@@ -200,6 +199,5 @@ def check_query(rec: Any, kind: Any, norm: Any, layers: Any) -> tuple[int, ...]:
     """Validate the arguments that scoring verbs share; the layers as indices."""
     _check.choice("kind", kind, KINDS)
     _check.choice("norm", norm, NORMS)
-    if not isinstance(rec, Recording):
-        raise ArgumentError(_check.message("rec", "a recording from resid_surgery.record", rec))
+    be_recording(rec)
     return _check.layers(layers, rec.model.anatomy.n_layers, model=rec.model.name)

@@ -20,12 +20,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from resid_surgery import _check
-from resid_surgery.errors import ArgumentError, SiteError
+from resid_surgery.errors import SiteError
 from resid_surgery.models.parts import Norm
 from resid_surgery.sites import Neuron, as_sites
 from resid_surgery.stream.closing import coefficient_from
-from resid_surgery.stream.recording import Recording, need_recording
-from resid_surgery.stream.subvalues import GRAINS, Block, addends, resolve_in, state_of
+from resid_surgery.stream.recording import Recording, be_recording, need_recording
+from resid_surgery.stream.subvalues import GRAINS, Block, Numbering, addends, resolve_in, state_of
 
 SOURCE_NORMS = ("frozen", "live")
 
@@ -56,17 +56,15 @@ def sources(rec: Recording, reader: Any, *, grain: str = "layer", top: int = 10,
     _check.choice("grain", grain, GRAINS)
     _check.choice("norm", norm, SOURCE_NORMS)
     _check.whole("top", top, 1)
-    if not isinstance(rec, Recording):
-        raise ArgumentError(_check.message("rec", "a recording from resid_surgery.record", rec))
+    be_recording(rec)
     readers = [_as_neuron(rec, site) for site in as_sites(reader)]
     need_recording(rec)
     frames = []
     for layer in dict.fromkeys(one.layer for one in readers):
         blocks = addends(rec, grain, before=(layer, "mlp"))
-        of_layer = [one for one in readers if one.layer == layer]
-        shares = _shares(rec, blocks, of_layer)
-        for i, one in enumerate(of_layer):
-            frames.append(_Reader.of(rec, one).table(blocks, shares[i], grain=grain, top=top, norm=norm))
+        of_layer = [_Reader.of(rec, one) for one in readers if one.layer == layer]
+        for one, shares in zip(of_layer, _shares(blocks, of_layer), strict=True):
+            frames.append(one.table(blocks, shares, grain=grain, top=top, norm=norm))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -77,13 +75,11 @@ def _as_neuron(rec: Recording, site: Any) -> Neuron:
     return site
 
 
-def _shares(rec: Recording, blocks: Sequence[Block], readers: Sequence[Neuron]) -> list[list[Tensor]]:
+def _shares(blocks: Sequence[Block], readers: Sequence["_Reader"]) -> list[list[Tensor]]:
     """reader -> key -> (addend,) shares; one projection per block for all readers of a layer."""
-    each = [_Reader.of(rec, one) for one in readers]
-    directions = torch.cat([one.directions for one in each])
+    directions = torch.cat([one.directions for one in readers])
     flat = torch.cat([block.project(directions) for block in blocks], dim=1)
-    n_keys = len(rec.model.anatomy.key_names)
-    return [list(flat[i * n_keys : (i + 1) * n_keys]) for i in range(len(readers))]
+    return [list(rows) for rows in torch.split(flat, len(readers[0].keys))]
 
 
 @final
@@ -133,10 +129,12 @@ class _Reader:
         count = len(shares[0])
         picked = [s.abs().topk(min(top, count)).indices for s in shares]
         listed = torch.cat(picked)
-        vectors = _gather(blocks, listed)
+        numbering = Numbering(blocks)
+        vectors = numbering.vectors(listed.cpu())
         rest = [self.state - vectors[i * len(p) : (i + 1) * len(p)].sum(0) for i, p in enumerate(picked)]
         coefficients = self.without(torch.cat([vectors, torch.stack(rest)]), norm)
-        names, kinds = _names(blocks, listed)
+        names = [str(numbering.site(i)) for i in listed.tolist()]
+        kinds = [blocks[numbering.place(i)[0]].kind for i in listed.tolist()]
         rows = []
         for key, (name, chosen, values) in enumerate(
             zip(self.rec.model.anatomy.key_names, picked, shares, strict=True)
@@ -177,18 +175,3 @@ COLUMNS = (
     "norm",
     "closure",
 )
-
-
-def _places(blocks: Sequence[Block], numbers: Tensor) -> list[tuple[int, int]]:
-    first = torch.tensor([0, *(block.count for block in blocks)]).cumsum(0)
-    home = torch.searchsorted(first, numbers.cpu(), right=True) - 1
-    return [(int(b), int(n - first[b])) for b, n in zip(home, numbers.cpu(), strict=True)]
-
-
-def _gather(blocks: Sequence[Block], numbers: Tensor) -> Float[Tensor, "n d_model"]:
-    return torch.cat([blocks[b].vectors(torch.tensor([i])) for b, i in _places(blocks, numbers)])
-
-
-def _names(blocks: Sequence[Block], numbers: Tensor) -> tuple[list[str], list[str]]:
-    places = _places(blocks, numbers)
-    return [str(blocks[b].site(i)) for b, i in places], [blocks[b].kind for b, _ in places]

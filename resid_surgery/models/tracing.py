@@ -15,8 +15,7 @@ import nnsight
 import torch
 from torch import Tensor
 
-from resid_surgery._check import message
-from resid_surgery.errors import ArgumentError, ResidSurgeryError, UnsupportedModelError
+from resid_surgery.errors import ResidSurgeryError, UnsupportedModelError
 from resid_surgery.models.opening import OpenedModel
 
 TapName = Literal[
@@ -262,13 +261,3 @@ def _keeps_logits(model: OpenedModel) -> bool:
 def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[-1] if lines else "no message")[:200]
-
-
-def check_ids(ids: Any, vocab_size: int) -> Tensor:
-    """(row, position) ids as a tensor, refused when not integers of the vocabulary."""
-    tensor = torch.as_tensor(ids)
-    if tensor.ndim != 2 or tensor.is_floating_point() or tensor.numel() == 0:
-        raise ArgumentError(message("ids", "a non-empty (row, position) array of token ids", tuple(tensor.shape)))
-    if int(tensor.min()) < 0 or int(tensor.max()) >= vocab_size:
-        raise ArgumentError(message("ids", f"token ids in 0..{vocab_size - 1}", int(tensor.max())))
-    return tensor

@@ -259,14 +259,12 @@ def record_taps(model: OpenedModel) -> list[Tap]:
     return [*taps, Tap("block_out", a.n_layers - 1), Tap("bs"), Tap("logits")]
 
 
-def from_values(
-    model: OpenedModel, bound: BoundPrompt, values: Values, label: Label, *, every: bool, row: int = 0
-) -> Recording:
-    """A recording of one row of a traced forward."""
+def from_values(model: OpenedModel, bound: BoundPrompt, values: Values, label: Label, *, every: bool) -> Recording:
+    """A recording of a traced forward of one row."""
     a, t = model.anatomy, bound.position
 
     def at(name: TapName, layer: int) -> Tensor:
-        value = values[Tap(name, layer)][row]
+        value = values[Tap(name, layer)][0]
         # what was read at t alone already has its own storage
         return value[t].clone() if every and name in _STREAM else value[0]  # type: ignore[no-any-return]
 
@@ -283,16 +281,16 @@ def from_values(
                 mlp_raw=at("mlp_raw", layer) if model.has("mlp_post_norm") else mlp_out,
                 pre_activations=tuple(at(k, layer) for k in ("key0", "key1")[: len(a.key_names)]),  # type: ignore[arg-type]
                 coefficient=at("coef", layer),
-                query=call.query[row, :, t - call.first],
-                key=call.key[row],
-                value=call.value[row],
+                query=call.query[0, :, t - call.first],
+                key=call.key[0],
+                value=call.value[0],
                 z=at("attn_z", layer).view(a.n_heads, -1),
-                alpha=attention_row(call, row, t),
+                alpha=attention_row(call, 0, t),
             )
         )
     stream = None
     if every:
-        stack = {n: torch.stack([values[Tap(n, i)][row] for i in range(a.n_layers)]) for n in _STREAM}
+        stack = {n: torch.stack([values[Tap(n, i)][0] for i in range(a.n_layers)]) for n in _STREAM}
         stream = StreamRecord(resid_pre=stack["block_in"], attn_out=stack["attn_add"], mlp_out=stack["mlp_add"])
     return Recording(
         model=model,
@@ -300,8 +298,8 @@ def from_values(
         label=label,
         layers=tuple(layers),
         resid_final=at("block_out", a.n_layers - 1),
-        bs_values=values[Tap("bs")][row, 0],
-        logits=values[Tap("logits")][row, 0],
+        bs_values=values[Tap("bs")][0, 0],
+        logits=values[Tap("logits")][0, 0],
         stream=stream,
     )
 
@@ -343,6 +341,11 @@ def need_model(model: Any) -> None:
 
 def need_recording(rec: Any) -> None:
     """Refuse anything but a fresh recording."""
-    if not isinstance(rec, Recording):
-        raise ArgumentError(message("rec", "a recording from resid_surgery.record", rec))
+    be_recording(rec)
     rec.require_fresh()
+
+
+def be_recording(rec: Any, name: str = "rec") -> None:
+    """Refuse what is no recording; whether it is fresh is not looked at."""
+    if not isinstance(rec, Recording):
+        raise ArgumentError(message(name, "a recording from resid_surgery.record", rec))

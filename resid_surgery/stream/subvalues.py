@@ -123,6 +123,43 @@ class Square:
         return kept[key] if post.s is None else kept[key] / post.s.square()  # type: ignore[no-any-return]
 
 
+@final
+class Numbering:
+    """The members of several blocks under one numbering, in block order."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks = blocks
+        self.first = torch.tensor([0, *(block.count for block in blocks)]).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def home(self, numbers: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """Which block each number belongs to."""
+        return torch.searchsorted(self.first, numbers, right=True) - 1
+
+    def place(self, number: int) -> tuple[int, int]:
+        """(block, member) of a number."""
+        b = int(self.home(torch.tensor([number])))
+        return b, number - int(self.first[b])
+
+    def site(self, number: int) -> Site:
+        """The site of a number."""
+        b, member = self.place(number)
+        return self.blocks[b].site(member)
+
+    def vectors(self, numbers: Int[Tensor, " n"]) -> Float[Tensor, "n d_model"]:
+        """Their vectors, in the order given; one look-up a block."""
+        home = self.home(numbers)
+        parts, order = [], []
+        for b in sorted(set(home.tolist())):
+            mine = torch.nonzero(home == b)[:, 0]
+            parts.append(self.blocks[b].vectors(numbers[mine] - self.first[b]))
+            order.append(mine)
+        found = torch.cat(parts)
+        return found[torch.argsort(torch.cat(order)).to(found.device)]
+
+
 def stored(kind: str, layer: int | None, vectors: Tensor, sites: Sequence[Site]) -> Block:
     """A block of given vectors (count, d_model)."""
     return Block(

@@ -27,10 +27,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from resid_surgery._check import message, whole
-from resid_surgery.errors import ArgumentError, InterventionError
+from resid_surgery.errors import InterventionError
 from resid_surgery.models.prompts import token_text
 from resid_surgery.sites import Constant, Resid, Sublayer
-from resid_surgery.stream.recording import Recording
+from resid_surgery.stream.recording import Recording, be_recording
 from resid_surgery.stream.subvalues import PostMap
 from resid_surgery.stream.tables import bs_columns
 from resid_surgery.stream.vocabulary import Readout
@@ -267,8 +267,7 @@ def intervene_each(rec: Recording, rows: Sequence[Any], *, movers: int = 5) -> l
         As `intervene`.
     """
     whole("movers", movers, 0)
-    if not isinstance(rec, Recording):
-        raise ArgumentError(message("rec", "a recording from resid_surgery.record", rec))
+    be_recording(rec)
     if isinstance(rows, (str, Intervention)) or not isinstance(rows, Iterable):
         raise InterventionError(message("rows", "a non-empty list of intervention lists", rows))
     given = [tuple(one) if _is_list(one) else (one,) for one in rows]

@@ -1,8 +1,8 @@
 """The engine: rows of operations -> one traced forward with indexed writes and a control row.
 
 Row 0 of every batch is left alone and must equal the recording; row i + 1 carries the i-th list of
-operations. Each write says what it found and what it left, in this run, and each operation must have
-been seen to fire.
+operations. Each write says what it found and what it left, in this run, and what was left must be what the
+model went on with.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -102,7 +102,7 @@ class _Batch:
                 self._place(row, op)
 
     def _place(self, row: int, op: Operation) -> None:
-        tap = tap_of(op.site, steer=op.steer is not None, n_layers=self.model.anatomy.n_layers)
+        tap = tap_of(op.site, steer=op.steer is not None)
         self.placed.setdefault(tap, []).append((row, op))
         if isinstance(op.site, (HeadSource, AttnNeuron)) and getattr(op.site, "source", None) is not None:
             self.everywhere.add(Tap("attn_call", tap.layer))
@@ -234,8 +234,9 @@ class _Batch:
         """
         most = 10 * closure_tolerance(self.model)
         for tap, placed in self.placed.items():
-            part, steered = _raw_part(tap), Tap(f"{_raw_part(tap)}_raw", tap.layer) in self.placed  # type: ignore[arg-type]
-            for row, op in placed:
+            part = _raw_part(tap)
+            steered = Tap(f"{part}_raw", tap.layer) in self.placed  # type: ignore[arg-type]
+            for row, op in dict(placed).items():  # once a row, however many operations
                 error = 0.0 if tap in self.left else float("inf")
                 if tap.name in ("coef", "attn_z") and tap in self.left and not steered:
                     written = self.model.rows(tap.layer, f"{part}_out")
@@ -260,7 +261,7 @@ class _Batch:
         return [added[None] for added in kept if added is not None]
 
 
-def tap_of(site: Site, *, steer: bool, n_layers: int) -> Tap:
+def tap_of(site: Site, *, steer: bool) -> Tap:
     """Where in the forward an operation on a site is carried out."""
     layer: int = site.layer  # type: ignore[attr-defined]
     if isinstance(site, Neuron):

@@ -16,7 +16,7 @@ from torch import Tensor
 from resid_surgery import _check
 from resid_surgery.errors import ArgumentError, InterventionError, PromptError, SiteError, StaleRecordingError
 from resid_surgery.sites import AttnNeuron, Bias, Constant, Head, HeadSource, Neuron, Resid, Site, Sublayer, as_sites
-from resid_surgery.stream.recording import Recording
+from resid_surgery.stream.recording import Recording, be_recording
 from resid_surgery.stream.subvalues import joint_parts, resolve_in
 
 Positions = Any  # "target" | "all" | index | indices | token text
@@ -108,8 +108,7 @@ class Patch(Intervention):
     donor: Recording | None = None
 
     def __init__(self, sites: Any, donor: Recording, *, positions: Positions = "target") -> None:
-        if not isinstance(donor, Recording):
-            raise ArgumentError(_check.message("donor", "a recording from resid_surgery.record", donor))
+        be_recording(donor, "donor")
         object.__setattr__(self, "sites", sites)
         object.__setattr__(self, "donor", donor)
         object.__setattr__(self, "positions", positions)
@@ -161,7 +160,7 @@ class Operation:
     """One site at one position of one row, resolved: left = factor * found + value, then + steer.
 
     Attributes:
-        site, position: resolved. factor: 1 for a patch of nothing, 0 for a replacement.
+        site, position: resolved. factor: 0 removes, 1 leaves.
         value: what replaces, in the site's own space (a coefficient, a head's z, a vector).
         steer: (d_model,) vector added to what is written. origin: the intervention, for messages.
     """

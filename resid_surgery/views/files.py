@@ -7,7 +7,7 @@ from pathlib import Path
 
 from resid_surgery.errors import ArgumentError
 from resid_surgery.evidence.operating import Operated
-from resid_surgery.views.plots import _pyplot, plot_stream
+from resid_surgery.views.plots import plot_stream, pyplot_module
 
 
 def check_out(folder: Path) -> Path:
@@ -16,7 +16,7 @@ def check_out(folder: Path) -> Path:
     Raises:
         ArgumentError: it is a file, cannot be made or written, or matplotlib is missing.
     """
-    _pyplot()
+    pyplot_module()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -36,7 +36,7 @@ def write_operated(done: Operated, folder: Path) -> list[Path]:
     try:
         files.append(_whole(folder / "stream.png", lambda path: figure.savefig(path, dpi=150)))  # type: ignore[union-attr]
     finally:
-        _pyplot().close(figure)
+        pyplot_module().close(figure)
     return files
 
 

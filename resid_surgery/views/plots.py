@@ -28,7 +28,7 @@ def plot_stream(stream: pd.DataFrame, *, marked: Sequence[Site] = (), ax: "Axes 
     Raises:
         ArgumentError: matplotlib is not installed, or the table is not from `stream_bs`.
     """
-    pyplot = _pyplot()
+    pyplot = pyplot_module()
     if not {"step", "bs_value", "token", "role"} <= set(getattr(stream, "columns", ())):
         raise ArgumentError(message("stream", "a table from resid_surgery.stream_bs", type(stream).__name__))
     if ax is None:
@@ -73,7 +73,8 @@ def _mark(ax: "Axes", target: pd.DataFrame, marked: Sequence[Site]) -> None:
     ax.set_xlim(right=last["step"] * 1.08)
 
 
-def _pyplot() -> Any:
+def pyplot_module() -> Any:
+    """matplotlib.pyplot, or an error that says how to get it."""
     try:
         from matplotlib import pyplot
     except ImportError:
