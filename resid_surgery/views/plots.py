@@ -70,6 +70,7 @@ def _mark(ax: "Axes", target: pd.DataFrame, marked: Sequence[Site]) -> None:
         ax.annotate(f"{sites[0]}{more}", heights.get(name, ends), xytext=(-14 if left else 14, 12 if left else -12),
                     textcoords="offset points", fontsize=7, ha="right" if left else "left", va="center",
                     arrowprops={"arrowstyle": "-", "lw": 0.5})  # fmt: skip
+    ax.margins(y=0.1)
     ax.set_xlim(right=last["step"] * 1.08)
 
 
