@@ -11,8 +11,9 @@ _HOMES = {
         "ResidSurgeryError ArgumentError SiteError PromptError LoadError UnsupportedModelError "
         "ClosureError StaleRecordingError InterventionError"
     ),
-    "sites": "Site Neuron Head HeadSource AttnNeuron Sublayer Resid Bias Constant parse_site",
+    "sites": "Site Neuron ExpertNeuron SharedNeuron Head HeadSource AttnNeuron Sublayer Resid Bias Constant parse_site",
     "models.prompts": "Prompt",
+    "models.layout": "BlockLayout Layout",
     "models.opening": "OpenedModel",
     "stream.recording": "Recording record",
     "stream.loading": "load",

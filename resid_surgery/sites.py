@@ -6,20 +6,22 @@ A site is a plain value. ``str(site)`` gives its text form and `parse_site` read
 site                 what it is (paper's term)                   text
 ===================  ==========================================  =====================
 `Neuron`             MLP neuron (FFN subvalue)                   ``L20.N1297``
+`ExpertNeuron`       neuron of a routed expert                   ``L3.E5.N17``
+`SharedNeuron`       neuron of the shared expert                 ``L3.shared.N17``
 `Head`               attention head's whole output               ``L12.H4``
 `HeadSource`         joint vector alpha[t,j] v[j] W_O            ``L12.H4<3``
                      (attention subvalue)
 `AttnNeuron`         one d_head coordinate (attention neuron)    ``L3.H4.D7``, ``L3.H4.D7<3``
 `Sublayer`           what a sublayer adds (ATTN / FFN)           ``L12.attn``, ``L12.mlp``
 `Resid`              a state of the stream (L_in/L_res/L_out)    ``L3.resid_pre|mid|post``
-`Bias`               a sublayer's output bias                    ``L3.attn.bias``
+`Bias`               a sublayer's (or an expert's) output bias   ``L3.attn.bias``, ``L3.E5.bias``
 `Constant`           an addend without a layer                   ``embed``, ``final_norm.bias``,
                                                                  ``unembed.bias``, ``rounding``
 ===================  ==========================================  =====================
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol, final
 
@@ -30,6 +32,21 @@ LARGEST = 999_999_999
 CONSTANTS = ("embed", "final_norm.bias", "unembed.bias", "rounding")
 
 
+class OneLayer(Protocol):
+    """Sizes of one layer; 0 where it has no such part."""
+
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def d_head(self) -> int: ...
+    @property
+    def d_mlp(self) -> int: ...
+    @property
+    def n_experts(self) -> int: ...
+    @property
+    def d_expert(self) -> int: ...
+
+
 class Sizes(Protocol):
     """What a site needs to know of a model to be checked against it."""
 
@@ -38,13 +55,9 @@ class Sizes(Protocol):
     @property
     def n_layers(self) -> int: ...
     @property
-    def n_heads(self) -> int: ...
-    @property
-    def d_head(self) -> int: ...
-    @property
-    def d_mlp(self) -> int: ...
-    @property
-    def parallel(self) -> bool: ...
+    def sizes(self) -> Sequence[OneLayer]: ...
+    def require(self, layer: int, part: str, what: str) -> None: ...
+    def between(self, layer: int) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -54,8 +67,8 @@ class Site:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            optional = field.name == "source" and field.default is None
-            if field.name in ("part", "stage", "name") or (optional and value is None):
+            optional = field.name in ("source", "expert") and field.default is None
+            if field.name in ("part", "stage", "name") or (optional and value in (None, "shared")):
                 continue
             span = (-LARGEST, LARGEST) if field.name == "layer" else (0, None)
             object.__setattr__(self, field.name, whole(field.name, value, *span, error=SiteError))
@@ -66,12 +79,19 @@ class Site:
         Raises:
             SiteError: an index is out of range for the model, or the state does not exist in it.
         """
-        layer = _in_range("layer", getattr(self, "layer", 0), sizes.n_layers, sizes, "layers")
-        for name, size, unit in self._limits(sizes):
-            _in_range(name, getattr(self, name), size, sizes, unit)
-        return replace(self, layer=layer) if hasattr(self, "layer") else self  # type: ignore[call-arg]
+        if not hasattr(self, "layer"):
+            return self
+        layer = _in_range("layer", self.layer, sizes.n_layers, sizes, "layers")
+        site = replace(self, layer=layer)  # type: ignore[call-arg]
+        site._exists(sizes, layer)
+        for name, size, unit in site._limits(sizes.sizes[layer]):
+            _in_range(name, getattr(site, name), size, sizes, f"{unit} in layer {layer}")
+        return site
 
-    def _limits(self, sizes: Sizes) -> list[tuple[str, int, str]]:
+    def _exists(self, sizes: Sizes, layer: int) -> None:
+        """Refuse a site that this kind of layer has not."""
+
+    def _limits(self, one: OneLayer) -> list[tuple[str, int, str]]:
         return []
 
 
@@ -86,8 +106,57 @@ class Neuron(Site):
     def __str__(self) -> str:
         return f"L{self.layer}.N{self.index}"
 
-    def _limits(self, sizes: Sizes) -> list[tuple[str, int, str]]:
-        return [("index", sizes.d_mlp, "neurons a layer")]
+    def _exists(self, sizes: Sizes, layer: int) -> None:
+        sizes.require(layer, "mlp", str(self))
+        if sizes.sizes[layer].n_experts:
+            raise SiteError(
+                f"`{self}` does not say which expert: layer {layer} of {sizes.name} is a mixture of experts. Write "
+                f"L{layer}.E0.N{self.index}, or L{layer}.shared.N{self.index} for its shared expert."
+            )
+
+    def _limits(self, one: OneLayer) -> list[tuple[str, int, str]]:
+        return [("index", one.d_mlp, "neurons")]
+
+
+@final
+@dataclass(frozen=True)
+class ExpertNeuron(Site):
+    """One neuron of a routed expert: router weight x coefficient x value vector."""
+
+    layer: int
+    expert: int
+    index: int
+
+    def __str__(self) -> str:
+        return f"L{self.layer}.E{self.expert}.N{self.index}"
+
+    def _exists(self, sizes: Sizes, layer: int) -> None:
+        sizes.require(layer, "mlp", str(self))
+        if not sizes.sizes[layer].n_experts:
+            raise SiteError(f"`{self}` does not exist for {sizes.name}: layer {layer} has no experts.")
+
+    def _limits(self, one: OneLayer) -> list[tuple[str, int, str]]:
+        return [("expert", one.n_experts, "experts"), ("index", one.d_expert, "neurons an expert")]
+
+
+@final
+@dataclass(frozen=True)
+class SharedNeuron(Site):
+    """One neuron of a mixture's shared expert."""
+
+    layer: int
+    index: int
+
+    def __str__(self) -> str:
+        return f"L{self.layer}.shared.N{self.index}"
+
+    def _exists(self, sizes: Sizes, layer: int) -> None:
+        sizes.require(layer, "mlp", str(self))
+        if not sizes.sizes[layer].n_experts or not sizes.sizes[layer].d_mlp:
+            raise SiteError(f"`{self}` does not exist for {sizes.name}: layer {layer} has no shared expert.")
+
+    def _limits(self, one: OneLayer) -> list[tuple[str, int, str]]:
+        return [("index", one.d_mlp, "neurons of the shared expert")]
 
 
 @final
@@ -101,8 +170,11 @@ class Head(Site):
     def __str__(self) -> str:
         return f"L{self.layer}.H{self.head}"
 
-    def _limits(self, sizes: Sizes) -> list[tuple[str, int, str]]:
-        return [("head", sizes.n_heads, "heads a layer")]
+    def _exists(self, sizes: Sizes, layer: int) -> None:
+        sizes.require(layer, "attn", str(self))
+
+    def _limits(self, one: OneLayer) -> list[tuple[str, int, str]]:
+        return [("head", one.n_heads, "heads")]
 
 
 @final
@@ -117,8 +189,11 @@ class HeadSource(Site):
     def __str__(self) -> str:
         return f"L{self.layer}.H{self.head}<{self.source}"
 
-    def _limits(self, sizes: Sizes) -> list[tuple[str, int, str]]:
-        return [("head", sizes.n_heads, "heads a layer")]
+    def _exists(self, sizes: Sizes, layer: int) -> None:
+        sizes.require(layer, "attn", str(self))
+
+    def _limits(self, one: OneLayer) -> list[tuple[str, int, str]]:
+        return [("head", one.n_heads, "heads")]
 
 
 @final
@@ -135,8 +210,11 @@ class AttnNeuron(Site):
         tail = "" if self.source is None else f"<{self.source}"
         return f"L{self.layer}.H{self.head}.D{self.index}{tail}"
 
-    def _limits(self, sizes: Sizes) -> list[tuple[str, int, str]]:
-        return [("head", sizes.n_heads, "heads a layer"), ("index", sizes.d_head, "coordinates a head")]
+    def _exists(self, sizes: Sizes, layer: int) -> None:
+        sizes.require(layer, "attn", str(self))
+
+    def _limits(self, one: OneLayer) -> list[tuple[str, int, str]]:
+        return [("head", one.n_heads, "heads"), ("index", one.d_head, "coordinates a head")]
 
 
 @final
@@ -170,28 +248,30 @@ class Resid(Site):
     def __str__(self) -> str:
         return f"L{self.layer}.resid_{self.stage}"
 
-    def resolve(self, sizes: Sizes) -> "Site":
-        if self.stage == "mid" and sizes.parallel:
+    def _exists(self, sizes: Sizes, layer: int) -> None:
+        if self.stage == "mid" and not sizes.between(layer):
             raise SiteError(
-                f"`{self}` does not exist for {sizes.name}: its blocks are parallel (attention and MLP read the "
-                "same state), so there is no state between them. Use resid_pre or resid_post."
+                f"`{self}` does not exist for {sizes.name}: layer {layer} is parallel (attention and MLP read the "
+                "same state) or has one writer only, so there is no state between. Use resid_pre or resid_post."
             )
-        return super().resolve(sizes)
 
 
 @final
 @dataclass(frozen=True)
 class Bias(Site):
-    """The output bias of a sublayer, an addend of its own."""
+    """The output bias of a sublayer, an addend of its own; of one expert in a mixture."""
 
     layer: int
     part: Literal["attn", "mlp"]
+    expert: int | Literal["shared"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         choice("part", self.part, ("attn", "mlp"), error=SiteError)
 
     def __str__(self) -> str:
+        if self.expert is not None:
+            return f"L{self.layer}.{'shared' if self.expert == 'shared' else f'E{self.expert}'}.bias"
         return f"L{self.layer}.{self.part}.bias"
 
 
@@ -221,6 +301,10 @@ _PATTERNS: tuple[tuple[re.Pattern[str], Callable[..., Site]], ...] = (
     (re.compile(r"L(-?[0-9]{1,9})\.(attn|mlp)"), lambda a, b: Sublayer(int(a), b)),
     (re.compile(r"L(-?[0-9]{1,9})\.resid_(pre|mid|post)"), lambda a, b: Resid(int(a), b)),
     (re.compile(r"L(-?[0-9]{1,9})\.(attn|mlp)\.bias"), lambda a, b: Bias(int(a), b)),
+    (re.compile(r"L(-?[0-9]{1,9})\.E([0-9]{1,9})\.N([0-9]{1,9})"), lambda a, b, c: ExpertNeuron(int(a), int(b), int(c))),
+    (re.compile(r"L(-?[0-9]{1,9})\.shared\.N([0-9]{1,9})"), lambda a, b: SharedNeuron(int(a), int(b))),
+    (re.compile(r"L(-?[0-9]{1,9})\.E([0-9]{1,9})\.bias"), lambda a, b: Bias(int(a), "mlp", int(b))),
+    (re.compile(r"L(-?[0-9]{1,9})\.shared\.bias"), lambda a: Bias(int(a), "mlp", "shared")),
 )
 
 
@@ -243,7 +327,7 @@ def parse_site(text: str) -> Site:
             if found := pattern.fullmatch(text):
                 return build(*found.groups())
     raise SiteError(
-        message("site", "a site such as L20.N1297, L12.H4, L12.H4<3, L3.H4.D7, L12.mlp or L3.resid_pre", text)
+        message("site", "a site such as L20.N1297, L3.E5.N17, L12.H4, L12.H4<3, L3.H4.D7, L12.mlp or L3.resid_pre", text)
     )
 
 

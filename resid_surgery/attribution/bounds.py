@@ -24,7 +24,7 @@ from torch import Tensor
 
 from resid_surgery.attribution.scores import States
 from resid_surgery.stream.recording import Recording
-from resid_surgery.stream.subvalues import Block, Square
+from resid_surgery.stream.blocks import Block, Square
 from resid_surgery.stream.vocabulary import Readout
 
 MOST_DOUBT = 0.05

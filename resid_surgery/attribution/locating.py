@@ -18,11 +18,11 @@ from torch import Tensor
 
 from resid_surgery import _check
 from resid_surgery.attribution.bounds import UpperBounds
-from resid_surgery.attribution.scores import States, check_query, places_of
+from resid_surgery.attribution.scores import States, check_query, need_places
 from resid_surgery.errors import ArgumentError
 from resid_surgery.sites import Site
 from resid_surgery.stream.recording import Recording, need_recording
-from resid_surgery.stream.subvalues import Block, Numbering
+from resid_surgery.stream.blocks import Block, Numbering
 from resid_surgery.stream.tables import bs_columns
 
 SCORES = ("log_prob_increase",)
@@ -93,7 +93,7 @@ def locate(
         raise ArgumentError(_check.message("worst", "True or False", worst))
     _check.whole("k", k, 1)
     need_recording(rec)
-    blocks = list(places_of(rec, kind, picked))
+    blocks = need_places(rec, kind, picked)
     total = sum(block.count for _, _, block in blocks)
     _check.whole("k", k, 1, total, model=rec.model.name, do=f"There are {total} candidates of kind '{kind}'.")
     states = States.of(rec, [(layer, part) for layer, part, _ in blocks], own=norm == "own")
@@ -190,7 +190,10 @@ def _table(rec: Recording, search: _Search, chosen: list[int], norm: str) -> pd.
     numbering = search.numbering
     blocks = [numbering.place(i)[0] for i in chosen]
     directions = search.states.readout.directions(rec.prompt.readouts)
-    bs = (numbering.vectors(torch.tensor(chosen)) @ directions.T).cpu()
+    vectors = numbering.vectors(torch.tensor(chosen))
+    if rec.model.anatomy.carries:  # a bs-value is read off the final stream, past blocks that multiply it
+        vectors = torch.stack([v * rec.reach(*search.places[b]) for v, b in zip(vectors, blocks, strict=True)])
+    bs = (vectors @ directions.T).cpu()
     table = pd.DataFrame(
         {
             "rank": range(1, len(chosen) + 1),

@@ -19,8 +19,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from resid_surgery import _check
+from resid_surgery.errors import SiteError
 from resid_surgery.stream.recording import Recording, be_recording, need_recording
-from resid_surgery.stream.subvalues import KINDS, Block, candidates, state_of
+from resid_surgery.stream.blocks import Block
+from resid_surgery.stream.subvalues import KINDS, candidates, state_of
 from resid_surgery.stream.vocabulary import Readout
 
 NORMS = ("frozen", "own")
@@ -60,7 +62,7 @@ class States:
         vectors: list[Tensor] = []
         index: dict[tuple[int, str], int] = {}
         for layer, part in places:
-            key = (layer, "pre" if part == "attn" or rec.model.anatomy.parallel else "mid")
+            key = (layer, "pre" if part == "attn" or not rec.model.anatomy.between(layer) else "mid")
             if key not in distinct:
                 distinct[key] = len(vectors)
                 vectors.append(state_of(rec, layer, part))
@@ -139,6 +141,20 @@ def places_of(rec: Recording, kind: str, layers: Sequence[int]) -> Iterator[tupl
             yield layer, part, block
 
 
+def need_places(rec: Recording, kind: str, layers: Sequence[int]) -> list[tuple[int, str, Block]]:
+    """`places_of`, refusing layers that have nothing of that kind.
+
+    Raises:
+        SiteError: none of the layers has subvalues of the kind.
+    """
+    places = list(places_of(rec, kind, layers))
+    if not places:
+        part = "mlp" if kind == "neuron" else "attn"
+        rec.model.anatomy.require(layers[0], part, kind)
+        raise SiteError(f"`layers` {list(layers)} of {rec.model.name} have nothing of kind '{kind}'.")
+    return places
+
+
 def scores(rec: Recording, *, kind: str = "neuron", norm: str = "frozen", layers: Any = None) -> pd.DataFrame:
     """The exact log-prob increase of *every* subvalue of a kind (paper: contribution score).
 
@@ -161,7 +177,7 @@ def scores(rec: Recording, *, kind: str = "neuron", norm: str = "frozen", layers
     """
     picked = check_query(rec, kind, norm, layers)
     need_recording(rec)
-    blocks = list(places_of(rec, kind, picked))
+    blocks = need_places(rec, kind, picked)
     states = States.of(rec, [(layer, part) for layer, part, _ in blocks], own=norm == "own")
     frames = []
     for layer, part, block in blocks:

@@ -6,6 +6,7 @@ pre-activations of line 8) do not close; here the scores, bounds, sources and in
 stand on them are measured as well.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import pandas as pd
@@ -15,13 +16,14 @@ from torch import Tensor
 from resid_surgery.attribution.bounds import UpperBounds
 from resid_surgery.attribution.locating import locate, rank
 from resid_surgery.attribution.scores import States, evaluate_block, logsumexp_, places_of
-from resid_surgery.attribution.sources import sources
+from resid_surgery.attribution.sources import NeuronSite, sources
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.tracing import Tap, Values, forward
-from resid_surgery.sites import Neuron
+from resid_surgery.sites import ExpertNeuron, Neuron, SharedNeuron
 from resid_surgery.stream.closing import Closure, closures, probe, relative
 from resid_surgery.stream.recording import Recording, closure_tolerance, need_model
-from resid_surgery.stream.subvalues import PostMap, addends, state_of
+from resid_surgery.stream.blocks import PostMap
+from resid_surgery.stream.subvalues import addends, need_group, neuron_block, neuron_site, read_by
 from resid_surgery.stream.vocabulary import Readout
 from resid_surgery.surgery.effects import PARTS, Effect, intervene_each
 from resid_surgery.surgery.interventions import Scale, Zero
@@ -74,10 +76,12 @@ def _scores(rec: Recording) -> Iterator[Closure]:
     both = readout.bs(torch.stack([a + b, a, b]))
     yield Closure("4", "bs(a + b) = bs(a) + bs(b)", None, relative(both[1] + both[2], both[0], both), tol)
     yield Closure("5", "worked numbers: .665, .665, .665, .879, .946", None, _worked(), 5e-4)
-    states = States.of(rec, [(0, "attn")], own=False)
+    states = States.of(rec, [(0, "attn" if rec.model.block(0).attn_kind != "none" else "mlp")], own=False)
     one = torch.tensor([0])
     yield Closure("6", "C(0) = 0", None, abs(float(states.evaluate(one, torch.zeros_like(parts[:1])))), tol)
-    yield Closure("6", "layer scores telescope to log p(final) - log p(embedding)", None, _telescoping(rec), 10 * tol)
+    if not rec.model.anatomy.carries:  # a block that multiplies its stream moves log p by itself
+        telescoped = _telescoping(rec)
+        yield Closure("6", "layer scores telescope to log p(final) - log p(embedding)", None, telescoped, 10 * tol)
 
 
 def _worked() -> float:
@@ -97,7 +101,7 @@ def _telescoping(rec: Recording) -> float:
     for layer in range(a.n_layers):
         record = rec.layers[layer]
         outs = [rec.work(record.attn_out), rec.work(record.mlp_out)]
-        steps = [("attn", outs[0] + outs[1])] if a.parallel else [("attn", outs[0]), ("mlp", outs[1])]
+        steps = [("attn", outs[0]), ("mlp", outs[1])] if a.between(layer) else [("attn", outs[0] + outs[1])]
         for part, v in steps:
             c = float(states.evaluate(torch.tensor([states.index[layer, part]]), v[None]))
             total, largest = total + c, max(largest, abs(c))
@@ -110,9 +114,9 @@ def _telescoping(rec: Recording) -> float:
 
 
 def _certificates(rec: Recording) -> Iterator[Closure]:
-    layer = rec.model.anatomy.n_layers - 1
-    for norm in ("frozen", "own"):
-        for kind in ("neuron", "head_source"):
+    for norm, kind in itertools.product(("frozen", "own"), ("neuron", "head_source")):
+        having = [i for i in range(rec.model.anatomy.n_layers) if list(places_of(rec, kind, [i]))]
+        for layer in having[-1:]:
             above, best = 0.0, []
             blocks = list(places_of(rec, kind, [layer]))
             states = States.of(rec, [(i, part) for i, part, _ in blocks], own=norm == "own")
@@ -131,22 +135,31 @@ def _certificates(rec: Recording) -> Iterator[Closure]:
 
 
 def _sources(rec: Recording) -> Iterator[Closure]:
-    a, tol = rec.model.anatomy, closure_tolerance(rec.model)
-    layer = a.n_layers - 1
+    tol, layer = closure_tolerance(rec.model), _last_with_keys(rec)
+    if layer is None:
+        return
+    block = neuron_block(rec, layer)
+    readers = [block.site(i) for i in range(0, block.count, max(1, block.count // 8))]
     for grain in ("layer", "subvalue"):
-        table = sources(rec, [Neuron(layer, i) for i in range(min(8, a.d_mlp))], grain=grain)
+        table = sources(rec, readers, grain=grain)
         largest = float(table["share"].abs().max())
         yield Closure("8", f"shares + constant = pre-activation, {grain} grain", layer,
                       float(table["closure"].max()) / largest, tol)  # fmt: skip
-    yield Closure(
-        "10", "reading N(r - u) mid-forward changes a pre-activation by minus u's share", layer, _cut(rec, layer), tol
-    )
+    dense = [i for i in range(rec.model.anatomy.n_layers) if rec.model.has(i, "key0")]
+    if dense:
+        yield Closure("10", "reading N(r - u) mid-forward changes a pre-activation by minus u's share", dense[-1],
+                      _cut(rec, dense[-1]), tol)  # fmt: skip
+
+
+def _last_with_keys(rec: Recording) -> int | None:
+    known = [i for i, one in enumerate(rec.layers) if one.groups and all(g.pre_activations for g in one.groups)]
+    return known[-1] if known else None
 
 
 def _cut(rec: Recording, layer: int) -> float:
     """Make the MLP of a layer read the stream without its largest addend, scale frozen; measure."""
     model, t = rec.model, rec.prompt.position
-    norm, state = model.norm(layer, "mlp_norm"), state_of(rec, layer, "mlp")
+    norm, state = model.norm(layer, "mlp_norm"), read_by(rec, layer, "mlp")
     vectors = torch.cat([block.all_vectors() for block in addends(rec, before=(layer, "mlp"))])
     u = vectors[int(vectors.norm(dim=-1).argmax())]
     missing = norm.linear(u, norm.scale(state))
@@ -160,34 +173,61 @@ def _cut(rec: Recording, layer: int) -> float:
     key = Tap("key0", layer)
     measured = rec.work(forward(model, ids, [key], {Tap("mlp_read", layer): without}, at=t)[key][0, 0])
     rows = rec.work(model.rows(layer, "key0").rows)
-    clean = rec.work(rec.layers[layer].pre_activations[0])
+    clean = rec.work(rec.layers[layer].groups[0].pre_activations[0])
     largest = (rows.abs().max() * rec.work(norm(state)).abs().max())[None]
     return relative(measured - clean, -(missing @ rows), clean, largest)
 
 
 def _effects(rec: Recording) -> Iterator[Closure]:
-    a, tol = rec.model.anatomy, closure_tolerance(rec.model)
-    layer, neuron = 0, int(rec.layers[0].coefficient.abs().argmax())
-    site = Neuron(layer, neuron)
-    noop, zero, head, sub = intervene_each(
-        rec, [Scale(site, 1.0), Zero(site), Zero(f"L{a.n_layers - 1}.H0<0"), Zero(f"L{layer}.attn")], movers=3
-    )
-    size = float(rec.bs_values.abs().max())
-    yield Closure(
-        "9", "a no-op changes no column", layer, float(noop.table[["bs_change", *PARTS]].abs().max().max()) / size, tol
-    )
-    for name, effect in (("neuron", zero), ("(head, source)", head), ("sublayer", sub)):
+    """Line 9 for a no-op, a neuron of every kind, a (head, source) pair, a head and a sublayer; line 11."""
+    tol, size = closure_tolerance(rec.model), float(rec.bs_values.abs().max())
+    neurons, rows = _tried(rec)
+    effects = dict(zip(rows, intervene_each(rec, [Scale(neurons[0] if neurons else "embed", 1.0), *rows.values()],
+                                            movers=3)[1:], strict=True))  # fmt: skip
+    noop = intervene_each(rec, [Scale(neurons[0] if neurons else "embed", 1.0)], movers=3)[0]
+    yield Closure("9", "a no-op changes no column", None,
+                  float(noop.table[["bs_change", *PARTS]].abs().max().max()) / size, tol)  # fmt: skip
+    for name, effect in effects.items():
+        moved = max(size, float(effect.after.bs.abs().max()))
         yield Closure("9", f"direct + post_norm + norm_scale + indirect = measured change, {name}", None,
-                      float(effect.table["closure"].max()) / size, tol)  # fmt: skip
+                      float(effect.table["closure"].max()) / moved, tol)  # fmt: skip
         yield Closure("9", f"ledger sums to the measured change, {name}", None,
-                      float(effect.ledger()["closure"].max()) / size, tol)  # fmt: skip
-    yield Closure("11", "zeroing a coefficient changes mlp_out as predicted", layer, _predicted(rec, zero, site), tol)
+                      float(effect.ledger()["closure"].max()) / moved, tol)  # fmt: skip
+        alone = intervene_each(rec, [rows[name]], movers=3)[0]
+        yield Closure("9", f"a row of a batch = the same row alone, {name}", None,
+                      relative(effect.after.bs, alone.after.bs), 10 * tol)  # fmt: skip
+    for site in neurons:
+        name = _names(site)
+        yield Closure("11", f"zeroing a coefficient changes mlp_out as predicted, {name}", site.layer,
+                      _predicted(rec, effects[name], site), tol)  # fmt: skip
 
 
-def _predicted(rec: Recording, effect: Effect, site: Neuron) -> float:
+def _tried(rec: Recording) -> tuple[list[NeuronSite], dict[str, Zero]]:
+    """The strongest neuron of every kind, and interventions by name."""
+    rows: dict[str, Zero] = {}
+    neurons: list[NeuronSite] = []
+    for layer, one in enumerate(rec.layers):
+        for group in one.groups:
+            site = neuron_site(layer, group.expert, int(group.coefficient.abs().argmax()))
+            assert isinstance(site, (Neuron, ExpertNeuron, SharedNeuron))
+            if _names(site) not in rows and float(group.coefficient.abs().max()) > 0:
+                neurons.append(site)
+                rows[_names(site)] = Zero(site)
+    attention = [i for i, one in enumerate(rec.layers) if one.attention is not None]
+    rows |= {"(head, source)": Zero(f"L{attention[-1]}.H0<0"), "head": Zero(f"L{attention[0]}.H1")}
+    writer = next(p for p in ("attn", "mlp") if getattr(rec.model.block(0), f"{p}_kind") != "none")
+    return neurons, rows | {"sublayer": Zero(f"L0.{writer}")}
+
+
+def _names(site: NeuronSite) -> str:
+    return {Neuron: "neuron", ExpertNeuron: "expert's neuron", SharedNeuron: "shared neuron"}[type(site)]
+
+
+def _predicted(rec: Recording, effect: Effect, site: NeuronSite) -> float:
     """Predicted mlp_out without a neuron, through the live post-norm, against the measured one."""
-    record, rows = rec.layers[site.layer], rec.model.rows(site.layer, "mlp_out").rows
-    raw = rec.work(record.mlp_raw) - rec.work(record.coefficient[site.index]) * rec.work(rows[site.index])
+    record, group = rec.layers[site.layer], need_group(rec, site)
+    row = rec.work(rec.model.group_rows(site.layer, group.expert).rows[site.index])
+    raw = rec.work(record.mlp_raw) - group.factor * rec.work(group.coefficient[site.index]) * row
     post = PostMap.of(rec.model, site.layer, "mlp", raw)
     predicted = post.push(raw) + (0 if post.constant is None else post.constant)
     return relative(predicted, effect.after.mlp[site.layer], rec.work(record.mlp_out))

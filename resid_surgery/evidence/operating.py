@@ -107,14 +107,15 @@ def operate(model: OpenedModel, prompt: Prompt, *, k: int = 10, readers: int = 3
         PromptError, ArgumentError: the prompt or a number is no good.
     """
     need_model(model)
-    whole("k", k, 1, model.anatomy.n_layers * model.anatomy.d_mlp, model=model.name)
+    whole("k", k, 1)
     whole("readers", readers, 1)
     clock = _Clock()
     rec = record(model, prompt)
     clock.lap("record")
     ledger, stream, predicted = decompose(rec), stream_bs(rec), predictions(rec)
     clock.lap("decompose")
-    pairs = model.anatomy.n_layers * model.anatomy.n_heads * (rec.prompt.position + 1)
+    whole("k", k, 1, sum(len(g.coefficient) for one in rec.layers for g in one.groups), model=model.name)
+    pairs = sum(size.n_heads for size in model.anatomy.sizes) * (rec.prompt.position + 1)
     neurons = locate(rec, k=k, kind="neuron")
     attention = locate(rec, k=min(k, pairs), kind="head_source")
     clock.lap("locate")

@@ -17,8 +17,11 @@ from resid_surgery._check import choice, message
 from resid_surgery.errors import ArgumentError, LoadError, UnsupportedModelError
 from resid_surgery.models.anatomy import Anatomy, dissect
 from resid_surgery.models.checkpoints import read_checkpoint
+from resid_surgery.models.experts import Experts, experts_of
 from resid_surgery.models.fingerprint import Weights
-from resid_surgery.models.parts import LinearMap, Norm, linear_map
+from resid_surgery.models.layout import BlockLayout, Layout, split_key
+from resid_surgery.models.parts import LinearMap, Norm, linear_map, require_plain
+from resid_surgery.models.wiring import read_layout
 
 _DTYPES = {
     "float64": torch.float64,
@@ -38,23 +41,30 @@ class OpenedModel:
         lock: held during a forward; two threads never mix in one model.
     """
 
-    def __init__(self, module: nn.Module, tokenizer: Any, name: str, note: str = "") -> None:
+    def __init__(
+        self, module: nn.Module, tokenizer: Any, name: str, note: str = "", layout: Layout | None = None
+    ) -> None:
         self.module = module
         self.tokenizer = tokenizer
         self.name = name
         self.note = note
-        self.anatomy: Anatomy = dissect(module, name)
         self.lock = threading.RLock()
         self.cache: dict[str, Any] = {}
         self.weights = Weights(module)
         self._shadow: nn.Module | None = None
         self._shadow_token: tuple[Any, ...] | None = None
+        _require_readable(module, name)
+        row = read_layout(self.shadow, name, self.probe_ids()) if layout is None else layout
+        how = "read off one forward" if layout is None else "as given"
+        self.anatomy: Anatomy = dissect(module, row, name, how)
 
     def __repr__(self) -> str:
         a = self.anatomy
+        experts = f"{a.sizes[-1].n_experts} experts, " if a.mixture else ""
         return (
             f"OpenedModel({self.name}: {a.layout.family}, {a.n_layers} layers, d_model {a.d_model}, {a.n_heads} heads, "
-            f"d_mlp {a.d_mlp}, vocabulary {a.vocab_size}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
+            f"d_mlp {a.d_mlp}, {experts}vocabulary {a.vocab_size}, "
+            f"{str(self.dtype).removeprefix('torch.')} on {self.device})"
         )
 
     @property
@@ -82,32 +92,92 @@ class OpenedModel:
         """Longest prompt that the model reads."""
         return self.anatomy.context
 
+    def probe_ids(self) -> Tensor:
+        """(1, position) a fixed short prompt of token ids, as far apart as they go."""
+        embed = self.module.get_input_embeddings().weight  # type: ignore[operator]
+        longest = getattr(getattr(self.module, "config", None), "max_position_embeddings", None)
+        n = min(6, longest) if isinstance(longest, int) and longest > 0 else 6
+        return torch.tensor([[(7 + 13 * i * i) % embed.shape[0] for i in range(n)]], device=embed.device)
+
+    def block(self, layer: int) -> BlockLayout:
+        """Where the parts of one layer are, and how they enter the stream."""
+        return self.anatomy.block(layer)
+
     def path(self, layer: int | None, part: str) -> str:
         """Module path of a part: ("attn_out" of a layer, or "final_norm", "unembed", "blocks")."""
         row = self.anatomy.layout
         if layer is None:
             return str(getattr(row, part))
-        return f"{row.blocks}.{layer}" if part == "block" else f"{row.blocks}.{layer}.{row.block_paths()[part]}"
+        inside = "" if part == "block" else split_key(row.of_layer(layer).paths()[part])[0]
+        return f"{row.blocks}.{layer}" + (f".{inside}" if inside else "")
 
     def part(self, layer: int | None, part: str) -> nn.Module:
         """The user's module for a part; read only."""
         return self.module.get_submodule(self.path(layer, part))
 
-    def has(self, part: str) -> bool:
-        """Whether blocks of this family have the part (a post-norm, say)."""
-        return part in self.anatomy.layout.block_paths()
+    def has(self, layer: int, part: str) -> bool:
+        """Whether a layer has the part (a post-norm, say)."""
+        return part in self.block(layer).paths()
 
     def rows(self, layer: int, part: str) -> LinearMap:
         """The current weight of a projection as rows (d_in, d_out), a view."""
-        return linear_map(self.part(layer, part), self.path(layer, part))
+        path, half = split_key(self.block(layer).paths()[part])
+        return linear_map(self.part(layer, part), path).half(half)
+
+    def experts(self, layer: int) -> Experts:
+        """The current tensors of a layer's experts."""
+        found = experts_of(self.part(layer, "experts"))
+        if found is None:
+            raise UnsupportedModelError(f"layer {layer} of {self.name} no longer holds its experts' tensors.")
+        return found
+
+    def group_rows(self, layer: int, expert: int | str | None) -> LinearMap:
+        """The down-projection of a dense MLP (None), one expert, or the "shared" expert."""
+        if expert is None:
+            return self.rows(layer, "mlp_out")
+        return self.rows(layer, "shared_out") if expert == "shared" else self.experts(layer).out(int(expert))
+
+    def group_keys(self, layer: int, expert: int | str | None) -> tuple[LinearMap, ...]:
+        """The keys of a dense MLP (None), one expert, or the "shared" expert, gate first."""
+        row = self.block(layer)
+        if expert is None or expert == "shared":
+            names = [f"key{i}" for i in range(len(row.keys))]
+            if expert == "shared":
+                names = [f"shared_key{i}" for i in range(len(row.shared_keys))]
+            return tuple(self.rows(layer, name) for name in names)
+        return self.experts(layer).keys(int(expert))
 
     def norm(self, layer: int | None, part: str) -> Norm:
-        """The current weights of a norm, in the working dtype."""
-        return self.anatomy.norms[part].read(self.part(layer, part), self.anatomy.d_model, self.work_dtype)
+        """The current weights of a norm, in the working dtype; none where a writer reads the stream itself.
 
-    def activation(self, layer: int) -> Any:
+        The final norm carries the factors between it and the logits, so that bs = W_U N(x).
+        """
+        if layer is not None and not self.has(layer, part):
+            return Norm.absent(self.anatomy.d_model, self.work_dtype, self.device)
+        form, module = self.anatomy.norms[layer, part], self.part(layer, part)
+        norm = form.read(module, self.anatomy.d_model, self.work_dtype, self.device)
+        row = self.anatomy.layout
+        return norm if layer is not None else norm.times(row.head_scale * row.logit_scale)
+
+    def factor(self, layer: int, name: str) -> Tensor | float:
+        """A scale or carry of a block ("attn_scale", ...): a number, or a parameter's current value."""
+        given = getattr(self.block(layer), name)
+        if not isinstance(given, str):
+            return float(given)
+        block = self.part(layer, "block")
+        owner, _, leaf = given.rpartition(".")
+        tensor = getattr(block.get_submodule(owner) if owner else block, leaf).detach()
+        return float(tensor) if tensor.numel() == 1 else tensor.to(self.device, self.work_dtype)
+
+    def activation(self, layer: int, *, shared: bool = False) -> Any:
         """The MLP's own activation (module or function)."""
-        owner, _, leaf = self.anatomy.layout.activation.rpartition(".")
+        row = self.block(layer)
+        path = row.shared_activation if shared else row.activation
+        if path is None:
+            raise UnsupportedModelError(f"the layout of {self.name} names no activation for layer {layer}.")
+        if path.startswith(":"):
+            return getattr(nn.functional, path[1:])
+        owner, _, leaf = path.rpartition(".")
         block = self.part(layer, "block")
         return getattr(block.get_submodule(owner) if owner else block, leaf)
 
@@ -118,9 +188,12 @@ class OpenedModel:
 
     @property
     def unembedding_bias(self) -> Tensor | None:
-        """b_U: (vocabulary,) or None."""
+        """b_U: (vocabulary,) times the logit scale, or None."""
         bias = self.part(None, "unembed").bias
-        return bias.detach() if isinstance(bias, Tensor) else None
+        scale = self.anatomy.layout.logit_scale
+        if not isinstance(bias, Tensor):
+            return None
+        return bias.detach() if scale == 1.0 else bias.detach() * scale
 
     @property
     def shadow(self) -> nn.Module:
@@ -130,6 +203,7 @@ class OpenedModel:
             if self._shadow is None or token != self._shadow_token:
                 shared: dict[int, Any] = {id(t): t for t in self.weights.tensors()}
                 self._shadow = copy.deepcopy(self.module, memo=shared).eval()
+                _settle_experts(self._shadow, self.weights.tensors())
                 self._shadow_token = token
                 self.cache.pop("traced", None)
             return self._shadow
@@ -152,6 +226,7 @@ def open_model(
     dtype: Any = None,
     device: Any = None,
     trust_remote_code: bool = False,
+    layout: Layout | None = None,
 ) -> OpenedModel:
     """Open a model without proving anything about it; `resid_surgery.load` is the public door.
 
@@ -165,8 +240,10 @@ def open_model(
         raise ArgumentError(message("trust_remote_code", "True or False", trust_remote_code))
     if tokenizer is not None and not all(callable(getattr(tokenizer, verb, None)) for verb in ("encode", "decode")):
         raise ArgumentError(message("tokenizer", "a tokenizer object (with encode and decode)", tokenizer))
+    if layout is not None and not isinstance(layout, Layout):
+        raise ArgumentError(message("anatomy", "a resid_surgery.Layout", layout))
     if isinstance(source, nn.Module):
-        return _from_module(source, tokenizer, wanted, device)
+        return _from_module(source, tokenizer, wanted, device, layout)
     if not isinstance(source, (str, Path)) or not str(source).strip() or source == Path():
         raise ArgumentError(
             message("model", "an alias, hub id, folder, .gguf file, Hugging Face model or nnsight model", source)
@@ -174,10 +251,12 @@ def open_model(
     module, own_tokenizer, name, note = read_checkpoint(source, wanted, trust_remote_code)
     if place is not None:
         module = module.to(place)
-    return OpenedModel(module.eval(), tokenizer if tokenizer is not None else own_tokenizer, name, note)
+    return OpenedModel(module.eval(), tokenizer if tokenizer is not None else own_tokenizer, name, note, layout)
 
 
-def _from_module(module: nn.Module, tokenizer: Any, dtype: torch.dtype | None, device: Any) -> OpenedModel:
+def _from_module(
+    module: nn.Module, tokenizer: Any, dtype: torch.dtype | None, device: Any, layout: Layout | None
+) -> OpenedModel:
     config = getattr(module, "config", None)
     if config is None or not callable(getattr(module, "get_input_embeddings", None)):
         raise UnsupportedModelError(
@@ -193,7 +272,30 @@ def _from_module(module: nn.Module, tokenizer: Any, dtype: torch.dtype | None, d
         raise LoadError(f"{type(module).__name__} has parameters on the meta device: its weights are not loaded.")
     given = str(getattr(config, "_name_or_path", "") or "")
     name = Path(given).name if given else type(module).__name__
-    return OpenedModel(module, tokenizer, name)
+    return OpenedModel(module, tokenizer, name, "", layout)
+
+
+def _require_readable(module: nn.Module, name: str) -> None:
+    """Refuse, before any forward, what is no decoder of plain numbers."""
+    for path, tensor in (*module.named_parameters(), *((p, b) for p, b in module.named_buffers() if "qweight" in p)):
+        require_plain(tensor, f"{path} of {name}")
+    config = getattr(module, "config", None)
+    encoder = next((p for p, _ in module.named_modules() if p.rpartition(".")[2] == "encoder"), None)
+    if getattr(config, "is_encoder_decoder", False) and encoder is not None:
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) is an encoder-decoder: its decoder also reads the encoder, so its "
+            "stream is no sum over the prompt alone. It is refused."
+        )
+
+
+def _settle_experts(shadow: nn.Module, tensors: list[Tensor]) -> None:
+    """Let a float64 shadow compute its experts one by one: the grouped product refuses float64."""
+    if not any(t.dtype == torch.float64 for t in tensors):
+        return
+    for one in shadow.modules():
+        config = getattr(one, "config", None)
+        if getattr(config, "_experts_implementation", None) is not None:
+            config._experts_implementation = "eager"  # type: ignore[union-attr]
 
 
 def _dtype(given: Any) -> torch.dtype | None:

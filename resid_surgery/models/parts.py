@@ -1,6 +1,7 @@
 """Parts of a model as tensors: norms, found by measuring them, and projections as rows."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -20,12 +21,24 @@ class Norm:
         bias: (d_model,) beta, zeros where there is none.
         eps: added to the mean square under the root.
         centred: True for LayerNorm.
+        present: False where nothing stands there: the identity, with s = 1.
     """
 
     gain: Float[Tensor, " d_model"]
     bias: Float[Tensor, " d_model"]
     eps: float
     centred: bool
+    present: bool = True
+
+    @classmethod
+    def absent(cls, d: int, dtype: torch.dtype, device: torch.device) -> "Norm":
+        """No norm at all: N(v) = v."""
+        one = torch.ones(d, dtype=dtype, device=device)
+        return cls(one, torch.zeros_like(one), 0.0, centred=False, present=False)
+
+    def times(self, factor: float) -> "Norm":
+        """The same norm with its output multiplied."""
+        return self if factor == 1.0 else replace(self, gain=self.gain * factor, bias=self.bias * factor)
 
     def centre(self, v: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
         """v minus its mean for LayerNorm, v itself for RMSNorm."""
@@ -33,6 +46,8 @@ class Norm:
 
     def scale(self, x: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n 1"]:
         """s(x) = sqrt(mean square + eps): the standard deviation for LayerNorm."""
+        if not self.present:
+            return torch.ones_like(x[..., :1])
         return (self.centre(x).square().mean(-1, keepdim=True) + self.eps).sqrt()
 
     def linear(self, v: Float[Tensor, "*n d_model"], s: Tensor) -> Float[Tensor, "*n d_model"]:
@@ -57,10 +72,10 @@ class NormForm:
     offset: float
     eps: float
 
-    def read(self, module: nn.Module, d: int, dtype: torch.dtype) -> Norm:
-        """The module's current weights as a `Norm` in `dtype`."""
+    def read(self, module: nn.Module, d: int, dtype: torch.dtype, device: torch.device | None = None) -> Norm:
+        """The module's current weights as a `Norm` in `dtype`; `device` is for norms without weights."""
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        device = next((t.device for t in (weight, bias) if t is not None), torch.device("cpu"))
+        device = next((t.device for t in (weight, bias) if t is not None), device)
         gain = torch.ones(d, dtype=dtype, device=device) if weight is None else weight.detach().to(dtype) + self.offset
         beta = torch.zeros_like(gain) if bias is None else bias.detach().to(dtype)
         return Norm(gain, beta, self.eps, self.centred)
@@ -72,22 +87,34 @@ def measure_norm(module: nn.Module, d: int, name: str) -> NormForm:
     Raises:
         UnsupportedModelError: no known form reproduces the module's output.
     """
-    eps = next((getattr(module, a) for a in ("eps", "variance_epsilon", "epsilon") if hasattr(module, a)), None)
     tensors = [t for t in (getattr(module, "weight", None), getattr(module, "bias", None)) if t is not None]
-    if eps is not None and all(t.shape == (d,) for t in tensors):
-        like = tensors[0] if tensors else torch.zeros(1)
+    if all(t.shape == (d,) for t in tensors):
+        like = tensors[0] if tensors else next(module.buffers(), torch.zeros(1))
+        like = like if like.is_floating_point() else torch.zeros(1)
         probe = torch.linspace(-1.0, 2.0, d, dtype=torch.float64).sin().to(like) * 3 + 0.5
+        small = probe * 0.02  # here eps counts
         with torch.no_grad():
-            measured = module(probe[None])[0].double()
-        tolerance = 8 * max(torch.finfo(like.dtype).eps, 1.2e-7) * measured.abs().max().item()
-        for form in (NormForm(c, o, float(eps)) for c in (True, False) for o in (0.0, 1.0)):
-            predicted = form.read(module, d, torch.float64)(probe.double())
-            if (predicted - measured).abs().max().item() <= tolerance:
+            measured = [module(x[None])[0].double() for x in (probe, small)]
+        tolerance = 8 * max(torch.finfo(like.dtype).eps, 1.2e-7)
+        for form in _forms(module):
+            norm = form.read(module, d, torch.float64)
+            errors = [(norm(x.double()) - y).abs().max() / y.abs().max() for x, y in zip((probe, small), measured, strict=True)]
+            if max(float(e) for e in errors) <= tolerance:
                 return form
     raise UnsupportedModelError(
-        f"the norm {type(module).__name__} of {name} is none of LayerNorm, RMSNorm or RMSNorm with gain 1 + w, "
+        f"the norm {type(module).__name__} of {name} is neither LayerNorm nor RMSNorm (with gain w or 1 + w), "
         "so bs-values under a frozen scale are not defined for it."
     )
+
+
+def _forms(module: nn.Module) -> Iterator[NormForm]:
+    """Every form that a norm may have: centred or not, gain w or 1 + w, its own eps or a usual one."""
+    named = [getattr(module, a) for a in ("eps", "variance_epsilon", "epsilon", "norm_eps") if hasattr(module, a)]
+    usual = (1e-5, 1e-6, 1e-8, 1e-12, torch.finfo(torch.float32).eps, 0.0)
+    for eps in dict.fromkeys([float(e) for e in named if isinstance(e, float)] or usual):
+        for centred in (True, False):
+            for offset in (0.0, 1.0):
+                yield NormForm(centred, offset, eps)
 
 
 @final
@@ -102,6 +129,14 @@ class LinearMap:
 
     rows: Float[Tensor, "d_in d_out"]
     bias: Float[Tensor, " d_out"] | None
+
+    def half(self, which: int | None) -> "LinearMap":
+        """The first (0) or second (1) half of what it writes; None for all."""
+        if which is None:
+            return self
+        m = self.rows.shape[1] // 2
+        cut = slice(which * m, (which + 1) * m)
+        return LinearMap(self.rows[:, cut], None if self.bias is None else self.bias[cut])
 
 
 def linear_map(module: nn.Module, path: str) -> LinearMap:

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from resid_surgery.models.layout import Layout
 from resid_surgery.models.opening import OpenedModel, open_model
+from resid_surgery.models.settling import settle
 from resid_surgery.models.tracing import unwrap
 from resid_surgery.stream.closing import prove
 
@@ -14,6 +16,7 @@ def load(
     dtype: Any = None,
     device: Any = None,
     trust_remote_code: bool = False,
+    anatomy: Layout | None = None,
 ) -> OpenedModel:
     """Open a causal language model and prove the ledger's identities on it with one forward.
 
@@ -25,6 +28,8 @@ def load(
         dtype: "float64", "float32", "bfloat16", "float16" or a torch dtype; the checkpoint's own
             by default. device: "cpu", "cuda", ... Both are for names and files only.
         trust_remote_code: run code that comes with a checkpoint; off unless asked for.
+        anatomy: a `Layout` for an architecture that is not read right by itself. It passes the same
+            proof; without one the layout is read off one forward.
 
     Returns:
         An `OpenedModel` with ``.module`` (untouched), ``.tokenizer`` and ``.anatomy``.
@@ -42,6 +47,8 @@ def load(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
+        layout=anatomy,
     )
+    settle(opened)
     prove(opened)
     return opened

@@ -18,47 +18,16 @@ from resid_surgery._check import choice, message
 from resid_surgery.errors import ArgumentError, ClosureError, StaleRecordingError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import BoundPrompt, Prompt, bind
-from resid_surgery.models.tracing import AttentionCall, Tap, TapName, Values, forward
-
-
-@final
-@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class LayerRecord:
-    """One block at the predicting position t, in the model's dtype.
-
-    Attributes:
-        resid_pre: (d_model,) the block's input (paper: L_in).
-        attn_out, mlp_out: (d_model,) what is added (paper: ATTN, FFN), after any post-norm.
-        attn_raw, mlp_raw: (d_model,) what W_O and the down-projection write; equal to the former
-            where there is no post-norm.
-        pre_activations: one (d_mlp,) per key. coefficient: (d_mlp,) (paper: coefficient score m).
-        query: (head, d_head). key, value: (kv_head, source, d_head).
-        z: (head, d_head) the heads' outputs before W_O.
-        alpha: (head, source) effective attention weights of t, in float32 or better.
-    """
-
-    resid_pre: Float[Tensor, " d_model"]
-    attn_out: Float[Tensor, " d_model"]
-    attn_raw: Float[Tensor, " d_model"]
-    mlp_out: Float[Tensor, " d_model"]
-    mlp_raw: Float[Tensor, " d_model"]
-    pre_activations: tuple[Float[Tensor, " d_mlp"], ...]
-    coefficient: Float[Tensor, " d_mlp"]
-    query: Float[Tensor, "head d_head"]
-    key: Float[Tensor, "kv source d_head"]
-    value: Float[Tensor, "kv source d_head"]
-    z: Float[Tensor, "head d_head"]
-    alpha: Float[Tensor, "head source"]
-
-
-@final
-@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class StreamRecord:
-    """The stream's addends at every position: each (layer, position, d_model)."""
-
-    resid_pre: Float[Tensor, "layer position d_model"]
-    attn_out: Float[Tensor, "layer position d_model"]
-    mlp_out: Float[Tensor, "layer position d_model"]
+from resid_surgery.models.tracing import Tap, TapName, Values, forward
+from resid_surgery.stream.records import (
+    STREAM,
+    AttentionRecord,
+    LayerRecord,
+    StreamRecord,
+    layer_record,
+    layer_taps,
+    scaled,
+)
 
 
 @final
@@ -129,7 +98,38 @@ class Recording:
         """What the MLP of `layer` reads: resid_pre + attn_out, or resid_pre in a parallel block."""
         record = self.layers[layer]
         pre = self.work(record.resid_pre)
-        return pre if self.model.anatomy.parallel else pre + self.work(record.attn_out)
+        if self.model.block(layer).parallel:
+            return pre
+        return self.model.factor(layer, "attn_carry") * pre + self.work(record.attn_out)
+
+    def reach(self, layer: int, part: str, until: tuple[int, str] | None = None) -> Tensor | float:
+        """What later blocks multiply an addend by (1 in most families), up to a state.
+
+        Args:
+            layer, part: after which writer, or (0, "pre") for the embedding.
+            until: before what (layer, "attn" | "mlp") reads; None for the final stream.
+        """
+        total: Tensor | float = 1.0
+        if self.model.anatomy.carries:
+            for at, reader in self._carried(layer, part):
+                if (at, reader) == until:
+                    break
+                row = self.model.block(at)
+                if reader == "mlp" or not row.parallel:
+                    total = total * self.model.factor(at, f"{reader}_carry")
+        return total
+
+    def _carried(self, layer: int, part: str) -> Iterator[tuple[int, str]]:
+        """The writers that come after one, in order: each multiplies what is there by its carry."""
+        if part == "pre":
+            yield layer, "attn"
+        if part != "mlp":
+            parallel = self.model.block(layer).parallel and part == "attn"
+            if not parallel:  # both are added after the carry of a parallel block
+                yield layer, "mlp"
+        for later in range(layer + 1, self.model.anatomy.n_layers):
+            yield later, "attn"
+            yield later, "mlp"
 
     def require_fresh(self) -> None:
         """Refuse to be used on weights other than those that it was made with.
@@ -161,9 +161,12 @@ class Recording:
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that it holds."""
         for layer in self.layers:
-            for name in ("resid_pre", "attn_out", "attn_raw", "mlp_out", "mlp_raw", "coefficient", "query", "key"):
-                yield getattr(layer, name)
-            yield from (layer.value, layer.z, layer.alpha, *layer.pre_activations)
+            yield from (layer.resid_pre, layer.attn_out, layer.attn_raw, layer.mlp_out, layer.mlp_raw)
+            one = layer.attention
+            held = () if one is None else (one.query, one.key, one.value, one.z, one.gate, one.alpha)
+            yield from (tensor for tensor in held if tensor is not None)
+            for group in layer.groups:
+                yield from (group.coefficient, *group.pre_activations)
         yield from (self.resid_final, self.bs_values, self.logits)
         if self.stream is not None:
             yield from (self.stream.resid_pre, self.stream.attn_out, self.stream.mlp_out)
@@ -197,7 +200,7 @@ def record_bound(model: OpenedModel, bound: BoundPrompt, *, every: bool) -> Reco
     fingerprint = model.known_fingerprint()
     label = Label(fingerprint, model.weights.token)
     ids = torch.tensor([bound.ids], device=model.shadow.get_input_embeddings().weight.device)  # type: ignore[operator]
-    everywhere = [Tap(name, i) for i in range(model.anatomy.n_layers) for name in _STREAM] if every else []
+    everywhere = [Tap(name, i) for i in range(model.anatomy.n_layers) for name in STREAM] if every else []
     values = forward(model, ids, record_taps(model), at=bound.position, everywhere=everywhere)
     rec = from_values(model, bound, values, label, every=every)
     require_closed(rec)
@@ -210,13 +213,13 @@ def require_closed(rec: Recording) -> None:
     Raises:
         ClosureError: the identity and the error are named.
     """
-    layers, most = rec.layers, closure_tolerance(rec.model)
-    pre = torch.stack([rec.work(one.resid_pre) for one in layers])
-    added = torch.stack([rec.work(one.attn_out) + rec.work(one.mlp_out) for one in layers])
-    post = torch.cat([pre[1:], rec.work(rec.resid_final)[None]])
-    size = max(1e-30, float(torch.stack([pre.abs().max(), added.abs().max(), post.abs().max()]).max()))
-    stream = float((pre + added - post).abs().max()) / size
-    heads = max(_head_error(one) for one in layers)
+    a, most = rec.model.anatomy, closure_tolerance(rec.model)
+    states = [rec.work(one.resid_pre) for one in rec.layers] + [rec.work(rec.resid_final)]
+    sums = torch.stack([left_by(rec, layer) for layer in range(a.n_layers)])
+    posts = torch.stack(states[1:])
+    size = max(1e-30, float(torch.stack([sums.abs().max(), posts.abs().max(), states[0].abs().max()]).max()))
+    stream = float((sums - posts).abs().max()) / size
+    heads = max((_head_error(one.attention) for one in rec.layers if one.attention is not None), default=0.0)
     for identity, error in (("resid_pre + attn_out + mlp_out = resid_post", stream), ("sum of alpha v = heads", heads)):
         if not error <= most:
             raise ClosureError(
@@ -226,12 +229,22 @@ def require_closed(rec: Recording) -> None:
             )
 
 
-def _head_error(layer: LayerRecord) -> float:
-    """|sum of alpha v - z| over the largest value."""
-    value = layer.value.to(layer.alpha)
-    per_group = layer.alpha.view(value.shape[0], -1, value.shape[1])
+def left_by(rec: Recording, layer: int) -> Float[Tensor, " d_model"]:
+    """resid_post of a layer from its parts: carries times the state, plus what was added."""
+    record, factor = rec.layers[layer], rec.model.factor
+    attn, mlp = rec.work(record.attn_out), rec.work(record.mlp_out)
+    base = rec.resid_mid(layer)
+    return factor(layer, "mlp_carry") * base + (attn + mlp if rec.model.block(layer).parallel else mlp)
+
+
+def _head_error(one: AttentionRecord) -> float:
+    """|gate * sum of alpha v - z| over the largest value."""
+    value = one.value.to(one.alpha)
+    per_group = one.alpha.view(value.shape[0], -1, value.shape[1])
     z = (per_group @ value).flatten(0, 1)
-    return float((z - layer.z.to(z)).abs().max()) / max(1e-30, float(value.abs().max()))
+    if one.gate is not None:
+        z, value = z * one.gate, torch.stack([value.abs().max() * one.gate.abs().max()])
+    return float((z - one.z.to(z)).abs().max()) / max(1e-30, float(value.abs().max()))
 
 
 def closure_tolerance(model: OpenedModel, *, through_float32: bool = True) -> float:
@@ -248,89 +261,38 @@ def closure_tolerance(model: OpenedModel, *, through_float32: bool = True) -> fl
 def record_taps(model: OpenedModel) -> list[Tap]:
     """The taps that a recording reads."""
     a = model.anatomy
-    names: list[TapName] = ["block_in", "attn_call", "attn_z", "attn_add", "key0", "coef", "mlp_add"]
-    if a.gated:
-        names.append("key1")
-    if model.has("attn_post_norm"):
-        names.append("attn_raw")
-    if model.has("mlp_post_norm"):
-        names.append("mlp_raw")
-    taps = [Tap(name, layer) for layer in range(a.n_layers) for name in names]
+    taps = [tap for layer in range(a.n_layers) for tap in layer_taps(model, layer)]
     return [*taps, Tap("block_out", a.n_layers - 1), Tap("bs"), Tap("logits")]
 
 
 def from_values(model: OpenedModel, bound: BoundPrompt, values: Values, label: Label, *, every: bool) -> Recording:
     """A recording of a traced forward of one row."""
     a, t = model.anatomy, bound.position
-
-    def at(name: TapName, layer: int) -> Tensor:
-        value = values[Tap(name, layer)][0]
-        # what was read at t alone already has its own storage
-        return value[t].clone() if every and name in _STREAM else value[0]  # type: ignore[no-any-return]
-
-    layers = []
-    for layer in range(a.n_layers):
-        call: AttentionCall = values[Tap("attn_call", layer)]
-        attn_out, mlp_out = at("attn_add", layer), at("mlp_add", layer)
-        layers.append(
-            LayerRecord(
-                resid_pre=at("block_in", layer),
-                attn_out=attn_out,
-                attn_raw=at("attn_raw", layer) if model.has("attn_post_norm") else attn_out,
-                mlp_out=mlp_out,
-                mlp_raw=at("mlp_raw", layer) if model.has("mlp_post_norm") else mlp_out,
-                pre_activations=tuple(at(k, layer) for k in ("key0", "key1")[: len(a.key_names)]),  # type: ignore[arg-type]
-                coefficient=at("coef", layer),
-                query=call.query[0, :, t - call.first],
-                key=call.key[0],
-                value=call.value[0],
-                z=at("attn_z", layer).view(a.n_heads, -1),
-                alpha=attention_row(call, 0, t),
-            )
-        )
+    layers = [layer_record(model, layer, values, 0, t, t if every else 0) for layer in range(a.n_layers)]
     stream = None
     if every:
-        stack = {n: torch.stack([values[Tap(n, i)][0] for i in range(a.n_layers)]) for n in _STREAM}
+        stack = {n: torch.stack([_every(model, values, n, i) for i in range(a.n_layers)]) for n in STREAM}
         stream = StreamRecord(resid_pre=stack["block_in"], attn_out=stack["attn_add"], mlp_out=stack["mlp_add"])
+    scale = model.anatomy.layout.logit_scale
+    bs = values[Tap("bs")][0, 0]
     return Recording(
         model=model,
         prompt=bound,
         label=label,
         layers=tuple(layers),
-        resid_final=at("block_out", a.n_layers - 1),
-        bs_values=values[Tap("bs")][0, 0],
+        resid_final=values[Tap("block_out", a.n_layers - 1)][0, 0],
+        bs_values=bs if scale == 1.0 else bs * scale,
         logits=values[Tap("logits")][0, 0],
         stream=stream,
     )
 
 
-_STREAM: tuple[TapName, ...] = ("block_in", "attn_add", "mlp_add")
-
-
-def attention_row(call: AttentionCall, row: int, t: int) -> Float[Tensor, "head source"]:
-    """Effective attention weights of position t, recomputed from the attention call's inputs.
-
-    alpha[h, j] = softmax_j(cap(q[h,t] . k[h,j] * scaling) + mask[t,j]); works whatever attention
-    implementation the model runs, so the slow one is never forced on it.
-    """
-    query, keys = call.query[row, :, t - call.first], call.key[row]
-    work = torch.float64 if query.dtype == torch.float64 else torch.float32
-    grouped = query.to(work).view(keys.shape[0], -1, query.shape[-1])  # heads of a KV group together
-    scores = (grouped @ keys.to(work).transpose(1, 2)).flatten(0, 1) * call.scaling
-    if call.softcap is not None:
-        scores = torch.tanh(scores / call.softcap) * call.softcap
-    if call.mask is None:
-        seen = torch.arange(scores.shape[1], device=scores.device) <= t
-        scores = scores.masked_fill(~seen, -torch.inf)
-    else:
-        mask = call.mask[min(row, call.mask.shape[0] - 1), :, t - call.first, : scores.shape[1]]
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(work)
-    return torch.softmax(scores, -1)
-
-
-def repeat_kv(kv: Float[Tensor, "kv *rest"], n_heads: int) -> Float[Tensor, "head *rest"]:
-    """Grouped keys or values repeated so that head h has its own: head h uses group h // (H / KV)."""
-    return kv if kv.shape[0] == n_heads else kv.repeat_interleave(n_heads // kv.shape[0], dim=0)
+def _every(model: OpenedModel, values: Values, name: TapName, layer: int) -> Tensor:
+    """What a writer adds, or the state, at every position."""
+    found = values.get(Tap(name, layer))
+    if found is None:
+        return torch.zeros_like(values[Tap("block_in", layer)][0])
+    return found[0] if name == "block_in" else scaled(model, layer, name.removesuffix("_add"), found[0])
 
 
 def need_model(model: Any) -> None:

@@ -1,14 +1,12 @@
-"""Subvalues: a recording's addends at any grain, never materialised until asked.
+"""Subvalues: a recording's addends at any grain.
 
-The stream at t is the sum of the addends of one grain. Each grain is a list of `Block`s: runs of
-addends of one layer and kind that know how to project themselves on directions (one matrix
-product), to give their vectors for chosen members, and to name their sites. Everything downstream
-(ledgers, scores, bounds, sources) is built from `Block.project` and `Block.vectors`.
+The stream at t is the sum of the addends of one grain; each grain is a list of `Block`s, and what
+later blocks multiply the stream by belongs to them.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, final
+from dataclasses import dataclass, replace
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float, Int
@@ -16,10 +14,23 @@ from torch import Tensor
 
 from resid_surgery._check import choice
 from resid_surgery.errors import SiteError
-from resid_surgery.models.opening import OpenedModel
-from resid_surgery.models.parts import LinearMap, Norm
-from resid_surgery.sites import AttnNeuron, Bias, Constant, Head, HeadSource, Neuron, Resid, Site, Sublayer
-from resid_surgery.stream.recording import LayerRecord, Recording, repeat_kv
+from resid_surgery.models.parts import LinearMap
+from resid_surgery.sites import (
+    AttnNeuron,
+    Bias,
+    Constant,
+    ExpertNeuron,
+    Head,
+    HeadSource,
+    Neuron,
+    Resid,
+    SharedNeuron,
+    Site,
+    Sublayer,
+)
+from resid_surgery.stream.blocks import Block, PostMap, Square, multiplied, stored, sum_of
+from resid_surgery.stream.recording import Recording
+from resid_surgery.stream.records import AttentionRecord, LayerRecord, NeuronGroup, repeat_kv
 
 Grain = Literal["layer", "head", "head_source", "neuron", "subvalue"]
 Kind = Literal["neuron", "head", "head_source", "attn_neuron", "layer"]
@@ -27,173 +38,79 @@ GRAINS: tuple[str, ...] = ("layer", "head", "head_source", "neuron", "subvalue")
 KINDS: tuple[str, ...] = ("neuron", "head", "head_source", "attn_neuron", "layer")
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class PostMap:
-    """What stands between a sublayer's output and the stream, frozen: v -> gain * centre(v) / s.
+def neuron_block(rec: Recording, layer: int, *, final: bool = False) -> Block:
+    """The neurons of a layer: v_k = push(factor * coefficient_k w_out_k) (paper: FFN subvalues).
 
-    The identity (norm None) where the family has no post-norm.
+    In a mixture of experts these are the neurons of the experts routed to at t, expert by expert,
+    and of the shared expert. `final` gives them as they reach the final stream.
     """
+    a = rec.model.anatomy
+    a.require(layer, "mlp", f"L{layer}.N0")
+    groups, post = rec.layers[layer].groups, post_map(rec, layer, "mlp", final=final)
+    rows = [rec.model.group_rows(layer, group.expert).rows for group in groups]
+    sizes = [rec.work(group.coefficient) * group.factor for group in groups]
+    first = torch.tensor([0, *(len(size) for size in sizes)]).cumsum(0)
 
-    norm: Norm | None = None
-    s: Tensor | None = None
+    def home(i: Tensor) -> Tensor:
+        return torch.searchsorted(first, i.cpu(), right=True) - 1
 
-    @classmethod
-    def of(cls, model: OpenedModel, layer: int, part: str, raw: Tensor) -> "PostMap":
-        """The post-norm of a sublayer, frozen at what it read in this run."""
-        if not model.has(f"{part}_post_norm"):
-            return cls()
-        norm = model.norm(layer, f"{part}_post_norm")
-        return cls(norm, norm.scale(raw))
+    def vectors(i: Tensor) -> Tensor:
+        if len(groups) == 1:
+            return post.push(rec.work(rows[0][i.to(rows[0].device)]) * sizes[0][i.to(sizes[0].device), None])
+        g, out = home(i), []
+        order = torch.argsort(g, stable=True)
+        for b in range(len(groups)):
+            mine = i.cpu()[g == b] - first[b]
+            out.append(rec.work(rows[b][mine.to(rows[b].device)]) * sizes[b][mine.to(sizes[b].device), None])
+        return post.push(torch.cat(out)[torch.argsort(order).to(rec.model.device)])
 
-    def push(self, v: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
-        """A vector in the sublayer's output, as it reaches the stream."""
-        if self.norm is None or self.s is None:
-            return v
-        return self.norm.linear(v, self.s)
+    def site(i: int) -> Site:
+        b = int(home(torch.tensor([i])))
+        return neuron_site(layer, groups[b].expert, i - int(first[b]))
 
-    def unscaled(self, v: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
-        """`push` times s: the part that depends on no recording."""
-        return v if self.norm is None else self.norm.centre(v) * self.norm.gain
+    def project(g: Tensor) -> Tensor:
+        pulled = post.pull(g)
+        return torch.cat([(pulled @ rec.work(r).T) * size for r, size in zip(rows, sizes, strict=True)], -1)
 
-    def pull(self, g: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
-        """The transpose of `push`."""
-        if self.norm is None or self.s is None:
-            return g
-        return self.norm.pull(g, self.s)
+    def squares(f: Square) -> Tensor:
+        kept = [f.of_rows(rec, (layer, "mlp", group.expert, final), r, post)
+                for group, r in zip(groups, rows, strict=True)]  # fmt: skip
+        return torch.cat(kept) * torch.cat(sizes).square()
 
-    @property
-    def constant(self) -> Tensor | None:
-        """The post-norm's own bias, an addend of its own."""
-        return None if self.norm is None or not bool(self.norm.bias.any()) else self.norm.bias
+    zero = torch.cat(sizes) == 0
+    return Block("neuron", layer, len(zero), project, vectors, site, squares, zero=zero)
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class Block:
-    """A run of addends v_i = push(sum_a parts[i, a] rows[row_of(i), a]) of one layer and kind.
+def neuron_site(layer: int, expert: int | str | None, index: int) -> Site:
+    """The site of a neuron of a dense MLP, an expert or the shared expert."""
+    if expert is None:
+        return Neuron(layer, index)
+    return SharedNeuron(layer, index) if expert == "shared" else ExpertNeuron(layer, int(expert), index)
 
-    Attributes:
-        kind: "embed", "attn", "mlp", "neuron", "head", "head_source", "attn_neuron", "bias",
-            "constant" or "rounding". layer: or None.
-        count: how many addends.
-        project: (m, d_model) directions -> (m, count) dot products with every addend.
-        vectors: (n,) member indices -> (n, d_model) their vectors.
-        site: member index -> its site.
-        squares: a linear map f (see `Square`) -> (count,) squared length of f(v).
-        zero: (count,) True where the addend is exactly zero, if cheap to know.
+
+def neuron_place(site: Neuron | ExpertNeuron | SharedNeuron) -> tuple[int | str | None, int]:
+    """(expert, index) of a neuron's site."""
+    expert = site.expert if isinstance(site, ExpertNeuron) else "shared" if isinstance(site, SharedNeuron) else None
+    return expert, site.index
+
+
+def attention_of(rec: Recording, layer: int, what: str) -> AttentionRecord:
+    """A layer's attention at t.
+
+    Raises:
+        SiteError: the layer has no attention weights.
     """
-
-    kind: str
-    layer: int | None
-    count: int
-    project: Callable[[Float[Tensor, "m d_model"]], Float[Tensor, "m count"]]
-    vectors: Callable[[Int[Tensor, " n"]], Float[Tensor, "n d_model"]]
-    site: Callable[[int], Site]
-    squares: Callable[["Square"], Float[Tensor, " count"]]
-    zero: Tensor | None = None
-
-    def all_vectors(self) -> Float[Tensor, "count d_model"]:
-        """Every member's vector; meant for small blocks."""
-        return self.vectors(torch.arange(self.count))
+    rec.model.anatomy.require(layer, "attn", what)
+    found = rec.layers[layer].attention
+    assert found is not None
+    return found
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class Square:
-    """The linear map f(v) = gain * centre(v) (gain 1 if not `gained`) of a norm, whose squared
-    lengths bounds need. Those of weight rows depend on no recording and are kept per model."""
-
-    norm: Norm
-    gained: bool
-
-    def apply(self, v: Tensor) -> Tensor:
-        """f(v)."""
-        centred = self.norm.centre(v)
-        return centred * self.norm.gain if self.gained else centred
-
-    def of_rows(self, rec: Recording, layer: int, part: str, post: "PostMap") -> Tensor:
-        """(row,) squared lengths of f(push(row)) for the rows of W_O or the down-projection."""
-        key = (rec.fingerprint, layer, part, self.gained)
-        kept = rec.model.cache.setdefault("row_squares", {})
-        if key not in kept:
-            for old in [k for k in kept if k[0] != rec.fingerprint]:
-                kept.pop(old, None)
-            kept[key] = self.apply(post.unscaled(rec.work(rec.model.rows(layer, part).rows))).square().sum(-1)
-        return kept[key] if post.s is None else kept[key] / post.s.square()  # type: ignore[no-any-return]
-
-
-@final
-class Numbering:
-    """The members of several blocks under one numbering, in block order."""
-
-    def __init__(self, blocks: Sequence[Block]) -> None:
-        self.blocks = blocks
-        self.first = torch.tensor([0, *(block.count for block in blocks)]).cumsum(0)
-
-    def __len__(self) -> int:
-        return int(self.first[-1])
-
-    def home(self, numbers: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-        """Which block each number belongs to."""
-        return torch.searchsorted(self.first, numbers, right=True) - 1
-
-    def place(self, number: int) -> tuple[int, int]:
-        """(block, member) of a number."""
-        b = int(self.home(torch.tensor([number])))
-        return b, number - int(self.first[b])
-
-    def site(self, number: int) -> Site:
-        """The site of a number."""
-        b, member = self.place(number)
-        return self.blocks[b].site(member)
-
-    def vectors(self, numbers: Int[Tensor, " n"]) -> Float[Tensor, "n d_model"]:
-        """Their vectors, in the order given; one look-up a block."""
-        home = self.home(numbers)
-        parts, order = [], []
-        for b in sorted(set(home.tolist())):
-            mine = torch.nonzero(home == b)[:, 0]
-            parts.append(self.blocks[b].vectors(numbers[mine] - self.first[b]))
-            order.append(mine)
-        found = torch.cat(parts)
-        return found[torch.argsort(torch.cat(order)).to(found.device)]
-
-
-def stored(kind: str, layer: int | None, vectors: Tensor, sites: Sequence[Site]) -> Block:
-    """A block of given vectors (count, d_model)."""
-    return Block(
-        kind,
-        layer,
-        len(sites),
-        project=lambda g: g @ vectors.T,
-        vectors=lambda i: vectors[i.to(vectors.device)],
-        site=lambda i: sites[i],
-        squares=lambda f: f.apply(vectors).square().sum(-1),
-    )
-
-
-def neuron_block(rec: Recording, layer: int) -> Block:
-    """The neurons of a layer: v_k = push(coefficient_k w_out_k) (paper: FFN subvalues)."""
-    record = rec.layers[layer]
-    coefficient, post = rec.work(record.coefficient), post_map(rec, layer, "mlp")
-    rows = rec.model.rows(layer, "mlp_out").rows
-    return Block(
-        "neuron",
-        layer,
-        rows.shape[0],
-        lambda g: (post.pull(g) @ rec.work(rows).T) * coefficient,
-        lambda i: post.push(rec.work(rows[i.to(rows.device)]) * coefficient[i.to(coefficient.device), None]),
-        lambda i: Neuron(layer, i),
-        lambda f: f.of_rows(rec, layer, "mlp_out", post) * coefficient.square(),
-        zero=coefficient == 0,
-    )
-
-
-def attn_neuron_block(rec: Recording, layer: int) -> Block:
+def attn_neuron_block(rec: Recording, layer: int, *, final: bool = False) -> Block:
     """The attention neurons of a layer: v = push(z[h,d] W_O row) (paper: attention neurons)."""
-    z, post = rec.work(rec.layers[layer].z).reshape(-1), post_map(rec, layer, "attn")
-    rows, d_head = rec.model.rows(layer, "attn_out").rows, rec.model.anatomy.d_head
+    z = rec.work(attention_of(rec, layer, f"L{layer}.H0.D0").z).reshape(-1)
+    post = post_map(rec, layer, "attn", final=final)
+    rows, d_head = rec.model.rows(layer, "attn_out").rows, rec.model.anatomy.sizes[layer].d_head
     return Block(
         "attn_neuron",
         layer,
@@ -201,35 +118,38 @@ def attn_neuron_block(rec: Recording, layer: int) -> Block:
         lambda g: (post.pull(g) @ rec.work(rows).T) * z,
         lambda i: post.push(rec.work(rows[i.to(rows.device)]) * z[i.to(z.device), None]),
         lambda i: AttnNeuron(layer, i // d_head, i % d_head),
-        lambda f: f.of_rows(rec, layer, "attn_out", post) * z.square(),
+        lambda f: f.of_rows(rec, (layer, "attn", final), rows, post) * z.square(),
         zero=z == 0,
     )
 
 
-def head_block(rec: Recording, layer: int) -> Block:
+def head_block(rec: Recording, layer: int, *, final: bool = False) -> Block:
     """The heads of a layer: v_h = push(z_h W_O[h])."""
-    parts = rec.work(rec.layers[layer].z)[:, None]
-    return _through_w_o(rec, layer, "head", parts, lambda i: Head(layer, i))
+    parts = rec.work(attention_of(rec, layer, f"L{layer}.H0").z)[:, None]
+    return _through_w_o(rec, layer, "head", parts, lambda i: Head(layer, i), final)
 
 
-def head_source_block(rec: Recording, layer: int) -> Block:
+def head_source_block(rec: Recording, layer: int, *, final: bool = False) -> Block:
     """The joint vectors v_{h,j} = push(alpha[h,j] v[h,j] W_O[h]) (paper: attention subvalues)."""
     parts = joint_parts(rec, layer)
-    n_sources = parts.shape[1]
-    return _through_w_o(rec, layer, "head_source", parts, lambda i: HeadSource(layer, i // n_sources, i % n_sources))
+    n = parts.shape[1]
+    return _through_w_o(rec, layer, "head_source", parts, lambda i: HeadSource(layer, i // n, i % n), final)
 
 
 def joint_parts(rec: Recording, layer: int) -> Float[Tensor, "head source d_head"]:
-    """alpha[h,j] v[h,j] of the sources up to t, before W_O; they sum to the head's z."""
-    record = rec.layers[layer]
+    """gate[h] alpha[h,j] v[h,j] of the sources up to t, before W_O; they sum to the head's z."""
+    one = attention_of(rec, layer, f"L{layer}.H0<0")
     seen = rec.prompt.position + 1
-    alpha, value = rec.work(record.alpha), repeat_kv(rec.work(record.value), record.alpha.shape[0])
-    return alpha[:, :seen, None] * value[:, :seen]
+    alpha, value = rec.work(one.alpha), repeat_kv(rec.work(one.value), one.alpha.shape[0])
+    parts = alpha[:, :seen, None] * value[:, :seen]
+    return parts if one.gate is None else parts * rec.work(one.gate)[:, None]
 
 
-def _through_w_o(rec: Recording, layer: int, kind: str, parts: Tensor, site: Callable[[int], Site]) -> Block:
+def _through_w_o(
+    rec: Recording, layer: int, kind: str, parts: Tensor, site: Callable[[int], Site], final: bool
+) -> Block:
     """Blocks of vectors parts[h, j] W_O[h]; nothing of size d_model is held for them."""
-    post = post_map(rec, layer, "attn")
+    post = post_map(rec, layer, "attn", final=final)
     w_o = rec.work(rec.model.rows(layer, "attn_out").rows).view(parts.shape[0], parts.shape[2], -1)
     per_head = parts.shape[1]
 
@@ -250,10 +170,11 @@ def _through_w_o(rec: Recording, layer: int, kind: str, parts: Tensor, site: Cal
     return Block(kind, layer, parts.shape[0] * per_head, project, vectors, site, squares)
 
 
-def post_map(rec: Recording, layer: int, part: str) -> PostMap:
-    """The frozen map from a sublayer's output to the stream."""
+def post_map(rec: Recording, layer: int, part: str, *, final: bool = False) -> PostMap:
+    """The frozen map from a sublayer's output to the stream after it, or to the final stream."""
     record = rec.layers[layer]
-    return PostMap.of(rec.model, layer, part, rec.work(record.attn_raw if part == "attn" else record.mlp_raw))
+    post = PostMap.of(rec.model, layer, part, rec.work(record.attn_raw if part == "attn" else record.mlp_raw))
+    return post.then(rec.reach(layer, part)) if final else post
 
 
 def sublayer_vector(record: LayerRecord, part: str) -> Tensor:
@@ -261,34 +182,50 @@ def sublayer_vector(record: LayerRecord, part: str) -> Tensor:
     return record.attn_out if part == "attn" else record.mlp_out
 
 
-def sublayer_blocks(rec: Recording, layer: int, part: str, grain: str) -> list[Block]:
-    """The addends of one sublayer at a grain: whole, or its parts and its bias."""
+def sublayer_blocks(rec: Recording, layer: int, part: str, grain: str, times: Tensor | float) -> list[Block]:
+    """The addends of one sublayer at a grain, whole or its parts and biases, each multiplied."""
+    row = rec.model.block(layer)
+    kind = row.attn_kind if part == "attn" else row.mlp_kind
+    if kind == "none":
+        return []
     finer = {
         "attn": {"head": head_block, "head_source": head_source_block, "subvalue": head_source_block},
         "mlp": {"neuron": neuron_block, "subvalue": neuron_block},
     }[part]
-    if grain not in finer:
+    if grain not in finer or kind == "opaque":
         site = Sublayer(layer, part)  # type: ignore[arg-type]
-        return [stored(part, layer, rec.work(sublayer_vector(rec.layers[layer], part))[None], [site])]
+        return [multiplied(stored(part, layer, rec.work(sublayer_vector(rec.layers[layer], part))[None], [site]), times)]
     blocks = [finer[grain](rec, layer)]
-    bias = bias_vector(rec, layer, part)
-    if bias is not None:
-        blocks.append(stored("bias", layer, bias[None], [Bias(layer, part)]))  # type: ignore[arg-type]
-    return blocks
+    biases = bias_vectors(rec, layer, part)
+    if biases:
+        blocks.append(stored("bias", layer, torch.stack(list(biases.values())), list(biases)))
+    return [multiplied(block, times) for block in blocks]
 
 
-def bias_vector(rec: Recording, layer: int, part: str) -> Tensor | None:
-    """A sublayer's output bias as it reaches the stream, a post-norm's own bias included."""
-    written: LinearMap = rec.model.rows(layer, f"{part}_out")
-    post = post_map(rec, layer, part)
-    terms = [] if written.bias is None else [post.push(rec.work(written.bias))]
+def bias_vectors(rec: Recording, layer: int, part: str) -> dict[Site, Tensor]:
+    """The output biases of a sublayer as they reach the stream after it, a post-norm's own included.
+
+    In a mixture of experts every routed expert's bias is a row, times its router weight.
+    """
+    row, post = rec.model.block(layer), post_map(rec, layer, part)
+    found: dict[Site, Tensor] = {}
+    if part == "mlp" and row.mlp_kind == "experts":
+        for group in rec.layers[layer].groups:
+            bias = rec.model.group_rows(layer, group.expert).bias
+            if bias is not None:
+                found[Bias(layer, "mlp", group.expert)] = post.push(rec.work(bias) * group.factor)
+    elif (row.attn_kind if part == "attn" else row.mlp_kind) in ("attention", "neurons"):
+        written: LinearMap = rec.model.rows(layer, f"{part}_out")
+        if written.bias is not None:
+            found[Bias(layer, part)] = post.push(rec.work(written.bias))  # type: ignore[arg-type]
     if post.constant is not None:
-        terms.append(post.constant)
-    return sum(terms[1:], terms[0]) if terms else None
+        site = Bias(layer, part)  # type: ignore[arg-type]
+        found[site] = found[site] + post.constant if site in found else post.constant
+    return found
 
 
 def addends(rec: Recording, grain: str = "layer", *, before: tuple[int, str] | None = None) -> list[Block]:
-    """The addends of the stream at t, in forward order.
+    """The addends of the stream at t, in forward order, as they reach what is asked for.
 
     Args:
         rec: a recording. grain: "layer", "head", "head_source", "neuron" or "subvalue".
@@ -300,60 +237,109 @@ def addends(rec: Recording, grain: str = "layer", *, before: tuple[int, str] | N
     """
     choice("grain", grain, GRAINS)
     a = rec.model.anatomy
-    blocks = [stored("embed", None, rec.work(rec.embed)[None], [Constant("embed")])]
+    stop = None
+    if before is not None:
+        stop = (before[0], "attn" if rec.model.block(before[0]).parallel else before[1])
+    embed = stored("embed", None, rec.work(rec.embed)[None], [Constant("embed")])
+    blocks = [multiplied(embed, rec.reach(0, "pre", stop))]
     for layer in range(a.n_layers):
         for part in ("attn", "mlp"):
-            if before is not None and (layer, part) == (before[0], "attn" if a.parallel else before[1]):
-                return _with_rounding(rec, blocks, state_of(rec, layer, part))
-            blocks += sublayer_blocks(rec, layer, part, grain)
+            if stop == (layer, part):
+                return _with_rounding(rec, blocks, read_by(rec, layer, part))
+            blocks += sublayer_blocks(rec, layer, part, grain, rec.reach(layer, part, stop))
     return _with_rounding(rec, blocks, rec.work(rec.resid_final))
 
 
-def state_of(rec: Recording, layer: int, part: str) -> Float[Tensor, " d_model"]:
-    """What a sublayer is added to in the score C(v, x): resid_pre for attention, resid_mid for
-    the MLP (resid_pre for both in a parallel block)."""
+def read_by(rec: Recording, layer: int, part: str) -> Float[Tensor, " d_model"]:
+    """The state that a sublayer reads (through its norm): resid_pre for attention, resid_mid for
+    the MLP, resid_pre for both in a parallel block."""
     return rec.work(rec.layers[layer].resid_pre) if part == "attn" else rec.resid_mid(layer)
 
 
-def candidates(rec: Recording, kind: str, layer: int) -> list[tuple[str, Block]]:
-    """(part, block) of the subvalues of one kind in one layer."""
+def state_of(rec: Recording, layer: int, part: str) -> Float[Tensor, " d_model"]:
+    """What a sublayer's output is added to, x of the score C(v, x): the state that it reads, times
+    the block's carry where it multiplies its stream."""
+    state, row = read_by(rec, layer, part), rec.model.block(layer)
+    carry = rec.model.factor(layer, "mlp_carry" if row.parallel else f"{part}_carry")
+    return state if isinstance(carry, float) and carry == 1.0 else state * carry
+
+
+def candidates(rec: Recording, kind: str, layer: int, *, final: bool = False) -> list[tuple[str, Block]]:
+    """(part, block) of the subvalues of one kind in one layer, as they enter the stream there.
+
+    Args:
+        rec: a recording. kind, layer: of what. final: as they reach the final stream instead.
+
+    Returns:
+        Nothing for a layer that has none of that kind (a state-space layer has no heads).
+    """
+    row = rec.model.block(layer)
     if kind == "layer":
-        return [(part, sublayer_blocks(rec, layer, part, "layer")[0]) for part in ("attn", "mlp")]
+        return [
+            (part, block)
+            for part in ("attn", "mlp")
+            for block in sublayer_blocks(rec, layer, part, "layer", rec.reach(layer, part) if final else 1.0)
+        ]
     if kind == "neuron":
-        return [("mlp", neuron_block(rec, layer))]
+        return [("mlp", neuron_block(rec, layer, final=final))] if row.mlp_kind in ("neurons", "experts") else []
+    if row.attn_kind != "attention":
+        return []
     build = {"head": head_block, "head_source": head_source_block, "attn_neuron": attn_neuron_block}[kind]
-    return [("attn", build(rec, layer))]
+    return [("attn", build(rec, layer, final=final))]
 
 
 def vector_of(rec: Recording, site: Site) -> Float[Tensor, " d_model"]:
-    """The vector that a site adds to the stream at t.
+    """The vector that a site adds to the final stream at t.
 
     Raises:
         SiteError: the site does not exist in the model or the prompt, or is not an addend.
     """
     site = resolve_in(rec, site)
-    if isinstance(site, Neuron):
-        return neuron_block(rec, site.layer).vectors(torch.tensor([site.index]))[0]
+    if isinstance(site, (Neuron, ExpertNeuron, SharedNeuron)):
+        return _neuron_vector(rec, site)
     if isinstance(site, Head):
-        return head_block(rec, site.layer).vectors(torch.tensor([site.head]))[0]
+        return head_block(rec, site.layer, final=True).vectors(torch.tensor([site.head]))[0]
     if isinstance(site, HeadSource):
-        parts = joint_parts(rec, site.layer)
-        index = site.head * parts.shape[1] + site.source
-        return head_source_block(rec, site.layer).vectors(torch.tensor([index]))[0]
+        index = site.head * (rec.prompt.position + 1) + site.source
+        return head_source_block(rec, site.layer, final=True).vectors(torch.tensor([index]))[0]
     if isinstance(site, AttnNeuron):
         return _attn_neuron_vector(rec, site)
     if isinstance(site, Sublayer):
-        return rec.work(sublayer_vector(rec.layers[site.layer], site.part))
+        return rec.work(sublayer_vector(rec.layers[site.layer], site.part)) * rec.reach(site.layer, site.part)
     if isinstance(site, Bias):
-        bias = bias_vector(rec, site.layer, site.part)
+        bias = bias_vectors(rec, site.layer, site.part).get(site)
         if bias is None:
             raise SiteError(f"`{site}` does not exist for {rec.model.name}: that sublayer has no output bias.")
-        return bias
+        return bias * rec.reach(site.layer, site.part)
     if isinstance(site, Constant) and site.name == "embed":
-        return rec.work(rec.embed)
+        return rec.work(rec.embed) * rec.reach(0, "pre")
     if isinstance(site, Resid):
         raise SiteError(f"`{site}` is a state of the stream, not an addend; read it with rs.lens.")
     raise SiteError(f"`{site}` is a constant of the readout, not a vector in the stream; see rs.decompose.")
+
+
+def _neuron_vector(rec: Recording, site: Neuron | ExpertNeuron | SharedNeuron) -> Tensor:
+    expert, index = neuron_place(site)
+    group = need_group(rec, site)
+    row = rec.work(rec.model.group_rows(site.layer, expert).rows[index])
+    return post_map(rec, site.layer, "mlp", final=True).push(row * rec.work(group.coefficient[index]) * group.factor)
+
+
+def need_group(rec: Recording, site: Neuron | ExpertNeuron | SharedNeuron) -> NeuronGroup:
+    """The active neurons that a site is one of.
+
+    Raises:
+        SiteError: its expert was not routed to at t.
+    """
+    expert, _ = neuron_place(site)
+    group = rec.layers[site.layer].group(expert)
+    if group is None:
+        routed = [g.expert for g in rec.layers[site.layer].groups if g.expert != "shared"]
+        raise SiteError(
+            f"`{site}` is not active: layer {site.layer} of {rec.model.name} routed position {rec.prompt.position} "
+            f"to experts {routed}. Pick one of them."
+        )
+    return group
 
 
 def resolve_in(rec: Recording, site: Site) -> Site:
@@ -370,9 +356,11 @@ def resolve_in(rec: Recording, site: Site) -> Site:
 
 def _attn_neuron_vector(rec: Recording, site: AttnNeuron) -> Tensor:
     parts = joint_parts(rec, site.layer)[site.head, :, site.index]
-    size = rec.work(rec.layers[site.layer].z)[site.head, site.index] if site.source is None else parts[site.source]
-    row = rec.model.rows(site.layer, "attn_out").rows[site.head * rec.model.anatomy.d_head + site.index]
-    return post_map(rec, site.layer, "attn").push(rec.work(row) * size)
+    z = rec.work(attention_of(rec, site.layer, str(site)).z)
+    size = z[site.head, site.index] if site.source is None else parts[site.source]
+    d_head = rec.model.anatomy.sizes[site.layer].d_head
+    row = rec.model.rows(site.layer, "attn_out").rows[site.head * d_head + site.index]
+    return post_map(rec, site.layer, "attn", final=True).push(rec.work(row) * size)
 
 
 def _with_rounding(rec: Recording, blocks: list[Block], total: Tensor) -> list[Block]:
@@ -380,11 +368,3 @@ def _with_rounding(rec: Recording, blocks: list[Block], total: Tensor) -> list[B
         return blocks
     rest = total - sum_of(blocks)
     return [*blocks, stored("rounding", None, rest[None], [Constant("rounding")])]
-
-
-def sum_of(blocks: Sequence[Block]) -> Float[Tensor, " d_model"]:
-    """The sum of all vectors of some blocks."""
-    out = blocks[0].all_vectors().sum(0)
-    for block in blocks[1:]:
-        out = out + block.all_vectors().sum(0)
-    return out

@@ -13,7 +13,8 @@ from torch import Tensor
 from resid_surgery._check import choice, whole
 from resid_surgery.sites import as_sites
 from resid_surgery.stream.recording import Recording, need_recording
-from resid_surgery.stream.subvalues import GRAINS, Block, addends, resolve_in, vector_of
+from resid_surgery.stream.blocks import Block
+from resid_surgery.stream.subvalues import GRAINS, addends, resolve_in, vector_of
 from resid_surgery.stream.vocabulary import Readout, token_names
 
 
@@ -105,7 +106,7 @@ def stream_states(rec: Recording) -> tuple[list[str], list[Tensor]]:
     for layer in range(rec.model.anatomy.n_layers):
         names.append(f"L{layer}.resid_pre")
         states.append(rec.work(rec.layers[layer].resid_pre))
-        if not rec.model.anatomy.parallel:
+        if rec.model.anatomy.between(layer):
             names.append(f"L{layer}.resid_mid")
             states.append(rec.resid_mid(layer))
     last = rec.model.anatomy.n_layers - 1

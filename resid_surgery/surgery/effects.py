@@ -17,7 +17,7 @@ logits that the model computed:
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, final
 
@@ -31,7 +31,7 @@ from resid_surgery.errors import InterventionError
 from resid_surgery.models.prompts import token_text
 from resid_surgery.sites import Constant, Resid, Sublayer
 from resid_surgery.stream.recording import Recording, be_recording
-from resid_surgery.stream.subvalues import PostMap
+from resid_surgery.stream.blocks import PostMap
 from resid_surgery.stream.tables import bs_columns
 from resid_surgery.stream.vocabulary import Readout
 from resid_surgery.surgery.engine import Change, Run, run_rows
@@ -52,6 +52,13 @@ class _Row:
     change: Float[Tensor, " d_model"]
     direct: Float[Tensor, " d_model"]
     post_norm: Float[Tensor, " d_model"]
+
+    def times(self, factor: Tensor | float) -> "_Row":
+        """The row as it reaches the final stream, past blocks that multiply it."""
+        if isinstance(factor, float) and factor == 1.0:
+            return self
+        vectors = {name: getattr(self, name) * factor for name in ("before", "change", "direct", "post_norm")}
+        return replace(self, **vectors)
 
 
 @final
@@ -193,26 +200,29 @@ class Effect:
 
     def _rows(self) -> list[_Row]:
         """Every addend with its change, and a row for each operation on a state."""
-        changes, zero = self.after.changes, torch.zeros_like(self.before.embed)
+        changes, zero, reach = self.after.changes, torch.zeros_like(self.before.embed), self.rec.reach
         embed = changes.get((0, "pre"), Change()).added
         rows = [_Row(str(Constant("embed")), "embed", None, self.before.embed, self.after.embed - self.before.embed,
-                     zero if embed is None else embed, zero)]  # fmt: skip
+                     zero if embed is None else embed, zero).times(reach(0, "pre"))]  # fmt: skip
         states = {key: c.added for key, c in changes.items() if key[1] in ("pre", "mid", "post") and key != (0, "pre")}
         for layer in range(self.rec.model.anatomy.n_layers):
             for part, before, after in (
                 ("attn", self.before.attn, self.after.attn),
                 ("mlp", self.before.mlp, self.after.mlp),
             ):
+                if getattr(self.rec.model.block(layer), f"{part}_kind") == "none":
+                    continue
                 change = after[layer] - before[layer]
                 if part == "attn" and (mid := states.get((layer, "mid"))) is not None:
                     change = change - mid  # the write was carried by this sublayer's output
                 direct, post = self._operated(layer, part)
                 name = str(Sublayer(layer, part))  # type: ignore[arg-type]
-                rows.append(_Row(name, part, layer, before[layer], change, direct, post))
+                rows.append(_Row(name, part, layer, before[layer], change, direct, post).times(reach(layer, part)))
         for (layer, stage), delta in states.items():
             assert delta is not None
             site = Resid(layer, stage)  # type: ignore[arg-type]
-            rows.append(_Row(str(site), "state", layer, zero, delta, delta, zero))
+            after_what = {"pre": "pre", "mid": "mid", "post": "mlp"}[stage]
+            rows.append(_Row(str(site), "state", layer, zero, delta, delta, zero).times(reach(layer, after_what)))
         return rows
 
     def _operated(self, layer: int, part: str) -> tuple[Tensor, Tensor]:
@@ -221,12 +231,12 @@ class Effect:
         direct = torch.zeros_like(self.before.embed) if change.added is None else change.added
         if change.raw is None:
             return direct, torch.zeros_like(direct)
-        if not self.rec.model.has(f"{part}_post_norm"):
-            return direct + change.raw, torch.zeros_like(direct)
         left = self.after.raw[layer, part]
         found = left - change.raw
         frozen = PostMap.of(self.rec.model, layer, part, found)
         through = frozen.push(change.raw)
+        if frozen.norm is None:
+            return direct + through, torch.zeros_like(direct)
         whole_change = PostMap.of(self.rec.model, layer, part, left).push(left) - frozen.push(found)
         return direct + through, whole_change - through
 

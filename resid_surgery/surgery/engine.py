@@ -14,10 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from resid_surgery.errors import InterventionError
-from resid_surgery.models.tracing import AttentionCall, Tap, TapName, Values, forward
-from resid_surgery.sites import AttnNeuron, Head, HeadSource, Neuron, Resid, Site, Sublayer
+from resid_surgery.models.tracing import AttentionCall, ExpertsCall, Tap, TapName, Values, forward
+from resid_surgery.sites import AttnNeuron, ExpertNeuron, Head, HeadSource, Neuron, Resid, SharedNeuron, Site, Sublayer
 from resid_surgery.stream.closing import relative
-from resid_surgery.stream.recording import Recording, attention_row, closure_tolerance, repeat_kv
+from resid_surgery.stream.recording import Recording, closure_tolerance
+from resid_surgery.stream.records import attention_row, gate_between, mixing_factors, repeat_kv
 from resid_surgery.surgery.interventions import Operation
 
 TOKENS_A_CHUNK = 512
@@ -45,7 +46,8 @@ class Run:
     """One row of a batch at the predicting position, in the working dtype.
 
     Attributes:
-        embed: (d_model,). attn, mlp: (layer, d_model) what each sublayer added in this run.
+        embed: (d_model,). attn, mlp: (layer, d_model) what each sublayer added in this run; zeros
+            where a layer has no such writer.
         raw: (layer, part) -> (d_model,) output before a post-norm, for operated sublayers.
         final: (d_model,) the stream after the last block. bs, logits: (vocabulary,).
         changes: (layer, "attn" | "mlp" | "pre" | "mid" | "post") -> what operations did there.
@@ -97,6 +99,8 @@ class _Batch:
         self.everywhere: set[Tap] = set()
         self.placed: dict[Tap, list[tuple[int, Operation]]] = {}
         self.shares: dict[tuple[int, int, int, int, int], Tensor] = {}
+        self.found: dict[Tap, Tensor] = {}
+        self.in_mixture: list[dict[int, list[tuple[str, Tensor]]]] = [{} for _ in self.rows]
         for row, ops in enumerate(self.rows):
             for op in ops:
                 self._place(row, op)
@@ -106,17 +110,26 @@ class _Batch:
         self.placed.setdefault(tap, []).append((row, op))
         if isinstance(op.site, (HeadSource, AttnNeuron)) and getattr(op.site, "source", None) is not None:
             self.everywhere.add(Tap("attn_call", tap.layer))
+            if self.model.block(tap.layer).gated:
+                self.everywhere.add(Tap("attn_mix", tap.layer))
+        if isinstance(op.site, ExpertNeuron):
+            self.everywhere.add(Tap("experts_call", tap.layer))
         if isinstance(op.site, Resid) and op.site.stage == "mid":
             self.everywhere.add(Tap("block_in", tap.layer))
 
     def run(self) -> list[Run]:
         """Run the forward and sort what it read into rows."""
         model, n_layers = self.model, self.model.anatomy.n_layers
-        names: tuple[TapName, ...] = ("attn_add", "mlp_add")
         reads = [Tap("block_in", 0), Tap("block_out", n_layers - 1), Tap("bs"), Tap("logits"), *self.everywhere]
-        reads += [Tap(name, layer) for layer in range(n_layers) for name in names]
+        for layer in range(n_layers):
+            row = model.block(layer)
+            reads += [Tap("attn_add", layer)] * (row.attn_kind != "none") + [Tap("mlp_add", layer)] * (row.mlp_kind != "none")
         operated = {(tap.layer, part) for tap in self.placed if (part := _raw_part(tap))}
         reads += [Tap(f"{part}_raw", layer) for layer, part in operated]  # type: ignore[arg-type]
+        for layer, part in operated:
+            if part == "mlp" and model.block(layer).mlp_kind == "experts":
+                reads += [Tap("experts_out", layer)]
+                reads += [Tap("shared_raw", layer)] * (model.block(layer).shared_out is not None)
         device = model.shadow.get_input_embeddings().weight.device  # type: ignore[operator]
         ids = torch.tensor([self.rec.prompt.ids], device=device).repeat(len(self.rows), 1)
         writes = {tap: self._writer(tap, ops) for tap, ops in self.placed.items()}
@@ -132,13 +145,27 @@ class _Batch:
             tap = Tap(name, layer)  # type: ignore[arg-type]
             return work(values[tap][row, self.t if tap in self.everywhere else 0])
 
+        def added(part: str, layer: int) -> Tensor:
+            kind = getattr(self.model.block(layer), f"{part}_kind")
+            if kind == "none":
+                return torch.zeros_like(at("block_in", 0))
+            return at(f"{part}_add", layer) * self.model.factor(layer, f"{part}_scale")
+
+        for layer, vectors in self.in_mixture[row].items():
+            shared = at("shared_raw", layer) if Tap("shared_raw", layer) in values else None
+            routed, weight = mixing_factors(at("mlp_raw", layer), at("experts_out", layer), shared)
+            change = self.changes[row].setdefault((layer, "mlp"), Change())
+            for kind, vector in vectors:
+                made = vector * (weight if kind == "shared" else routed)
+                change.raw = made if change.raw is None else change.raw + made
+        scale = self.model.anatomy.layout.logit_scale
         return Run(
             embed=at("block_in", 0),
-            attn=torch.stack([at("attn_add", i) for i in range(n_layers)]),
-            mlp=torch.stack([at("mlp_add", i) for i in range(n_layers)]),
+            attn=torch.stack([added("attn", i) for i in range(n_layers)]),
+            mlp=torch.stack([added("mlp", i) for i in range(n_layers)]),
             raw={(layer, part): at(f"{part}_raw", layer) for layer, part in operated},
             final=at("block_out", n_layers - 1),
-            bs=at("bs"),
+            bs=at("bs") if scale == 1.0 else at("bs") * scale,
             logits=at("logits"),
             changes=self.changes[row],
         )
@@ -148,6 +175,7 @@ class _Batch:
 
         def write(found: Tensor, seen: Values) -> Tensor:
             value = found.clone()
+            self.found[tap] = found
             for row, op in ordered:
                 self._apply(tap, row, op, value, seen)
             self.left[tap] = value
@@ -158,32 +186,61 @@ class _Batch:
     def _apply(self, tap: Tap, row: int, op: Operation, value: Tensor, seen: Values) -> None:
         """Carry out one operation in place on value[row, position] and note what it did at t."""
         at = value[row, op.position]
+        scale = self.model.factor(tap.layer, f"{tap.name[:-4]}_scale") if tap.name.endswith("_add") else 1.0
+        units = 1.0 if isinstance(scale, float) and scale == 1.0 else scale  # of the stream, for one of what is written
         if op.steer is not None:
-            delta = op.steer.to(at)
             before, region = at.clone(), at
-            region += delta
+            region += op.steer.to(at) / units
         elif isinstance(op.site, Resid) and op.site.stage == "mid":
             before, region = at.clone(), at
-            mid = self.rec.work(seen[Tap("block_in", tap.layer)][row, op.position]) + self.rec.work(before)
-            region += (_left(op, mid) - mid).to(at)  # as a difference: Scale(1) is exactly nothing
+            carried = self.rec.work(seen[Tap("block_in", tap.layer)][row, op.position])
+            mid = carried * self.model.factor(tap.layer, "attn_carry") + self.rec.work(before) * units
+            region += ((_left(op, mid) - mid) / units).to(at)  # as a difference: Scale(1) is exactly nothing
+        elif isinstance(op.site, ExpertNeuron):
+            before, region = at.clone(), at
+            share, one = self._expert_share(row, op, op.site, seen)
+            left = share * op.factor if op.value is None else one * op.value.to(one)
+            region += (left - share).to(at)
         else:
             region, part = self._region(op, at, seen, row)
             before = region.clone()
-            if part is None:
-                region.copy_(_left(op, before))
-            else:  # one source's share of a head: the rest of the head stays as it is
+            if part is not None:  # one source's share of a head: the rest of the head stays as it is
                 left = _left(op, part)
                 region += left - part
                 self._keep_share(row, op, left)
+            elif isinstance(units, float) and units == 1.0:
+                region.copy_(_left(op, before))
+            else:
+                region.copy_(_left(op, before * units) / units)
         if op.position == self.t:
-            self._note(row, tap, op, before, region)
+            self._note(row, tap, op, before, region, units)
+
+    def _expert_share(self, row: int, op: Operation, site: ExpertNeuron, seen: Values) -> tuple[Tensor, Tensor]:
+        """(what an expert's neuron writes in this run, what it would write with coefficient 1), d_model."""
+        call: ExpertsCall = seen[Tap("experts_call", site.layer)]
+        experts, work = self.model.experts(site.layer), self.rec.work
+        index, weight = call.index[row, op.position], call.weight[row, op.position]
+        chosen = torch.nonzero(index == site.expert)[:, 0]
+        if not len(chosen):
+            if op.value is None:  # nothing is there to remove or scale
+                nothing = torch.zeros(self.model.anatomy.d_model, dtype=self.model.work_dtype, device=index.device)
+                return nothing, nothing
+            raise InterventionError(
+                f"{op.origin!r} cannot act: in this run layer {site.layer} routes position {op.position} to experts "
+                f"{index.tolist()}, not to {site.expert}."
+            )
+        pre = experts.pre_activations(call.states[row, op.position], site.expert)
+        coefficient = experts.coefficient(tuple(pre))[site.index]
+        one = work(weight[chosen].sum()) * work(experts.out(site.expert).rows[site.index])
+        return one * work(coefficient), one
 
     def _region(self, op: Operation, at: Tensor, seen: Values, row: int) -> tuple[Tensor, Tensor | None]:
         """The view that an operation writes, and the share of it that it addresses (None: all)."""
-        site, d_head = op.site, self.model.anatomy.d_head
-        if isinstance(site, Neuron):
+        site = op.site
+        if isinstance(site, (Neuron, SharedNeuron)):
             return at[site.index : site.index + 1], None
         if isinstance(site, (Head, HeadSource, AttnNeuron)):
+            d_head = self.model.anatomy.sizes[site.layer].d_head
             low = site.head * d_head
             whole = at[low : low + d_head]
             if isinstance(site, AttnNeuron):
@@ -198,7 +255,13 @@ class _Batch:
         """alpha v of one source as earlier operations of this row have left it."""
         key = (row, position, site.layer, site.head, source)
         if key not in self.shares:
-            self.shares[key] = _joint(seen[Tap("attn_call", site.layer)], row, position, site.head, source)
+            share = _joint(seen[Tap("attn_call", site.layer)], row, position, site.head, source)
+            if self.model.block(site.layer).gated:
+                mix = seen[Tap("attn_mix", site.layer)][row, position, site.head]
+                low = site.head * len(mix)
+                z = self.found[Tap("attn_z", site.layer)][row, position, low : low + len(mix)]
+                share = share * gate_between(mix, z)
+            self.shares[key] = share
         return self.shares[key]
 
     def _keep_share(self, row: int, op: Operation, left: Tensor) -> None:
@@ -211,20 +274,24 @@ class _Batch:
         else:
             share.copy_(left)
 
-    def _note(self, row: int, tap: Tap, op: Operation, before: Tensor, after: Tensor) -> None:
+    def _note(self, row: int, tap: Tap, op: Operation, before: Tensor, after: Tensor, units: Tensor | float) -> None:
         """Add left minus found, as a d_model vector, to the row's changes."""
         delta = self.rec.work(after.detach().clone()) - self.rec.work(before)
         part = _raw_part(tap)
-        if part:
+        if tap.name in ("experts_out", "shared_coef"):  # their weight in the mixture is known after the run
+            if tap.name == "shared_coef":
+                delta = delta @ self.rec.work(self.model.rows(tap.layer, "shared_out").rows[_row_slice(op.site, 0)])
+            self.in_mixture[row].setdefault(tap.layer, []).append((tap.name.partition("_")[0], delta))
+        elif part:
             if tap.name in ("coef", "attn_z"):
                 rows = self.model.rows(tap.layer, f"{part}_out").rows
-                delta = delta @ self.rec.work(rows[_row_slice(op.site, self.model.anatomy.d_head)])
+                delta = delta @ self.rec.work(rows[_row_slice(op.site, self.model.anatomy.sizes[tap.layer].d_head)])
             change = self.changes[row].setdefault((tap.layer, part), Change())
             change.raw = delta if change.raw is None else change.raw + delta
         else:
             where = op.site.part if isinstance(op.site, Sublayer) else op.site.stage  # type: ignore[attr-defined]
             change = self.changes[row].setdefault((op.site.layer, where), Change())  # type: ignore[attr-defined]
-            change.added = delta if change.added is None else change.added + delta
+            change.added = delta * units if change.added is None else change.added + delta * units
 
     def _check_fired(self, runs: Sequence[Run]) -> None:
         """What the operations left must be what the model went on with.
@@ -246,7 +313,10 @@ class _Batch:
                 if not error <= most:
                     raise InterventionError(f"{op.origin!r} did not take effect at {op.site}, position {op.position}.")
         for row, run in enumerate(runs):
-            parts = torch.cat([run.embed[None], run.attn, run.mlp, *self._state_changes(row)])
+            reach = self.rec.reach
+            written = [run.attn[i] * reach(i, "attn") for i in range(len(run.attn))]
+            written += [run.mlp[i] * reach(i, "mlp") for i in range(len(run.mlp))]
+            parts = torch.stack([run.embed * reach(0, "pre"), *written, *self._state_changes(row)])
             if not relative(parts.sum(0), run.final, parts) <= most:
                 done = ", ".join(dict.fromkeys(repr(op.origin) for op in self.rows[row])) or "the control row"
                 raise InterventionError(
@@ -257,15 +327,19 @@ class _Batch:
     def _state_changes(self, row: int) -> list[Tensor]:
         """What operations did to states; one at the middle is carried by attn_out already, one at
         the first by the embedding."""
-        kept = [c.added for k, c in self.changes[row].items() if k[1] in ("pre", "post") and k != (0, "pre")]
-        return [added[None] for added in kept if added is not None]
+        return [
+            change.added * self.rec.reach(layer, "mlp" if stage == "post" else "pre")
+            for (layer, stage), change in self.changes[row].items()
+            if stage in ("pre", "post") and (layer, stage) != (0, "pre") and change.added is not None
+        ]
 
 
 def tap_of(site: Site, *, steer: bool) -> Tap:
     """Where in the forward an operation on a site is carried out."""
     layer: int = site.layer  # type: ignore[attr-defined]
-    if isinstance(site, Neuron):
-        return Tap("mlp_raw" if steer else "coef", layer)
+    if isinstance(site, (Neuron, ExpertNeuron, SharedNeuron)):
+        place: TapName = "coef" if isinstance(site, Neuron) else "shared_coef"
+        return Tap("mlp_raw" if steer else "experts_out" if isinstance(site, ExpertNeuron) else place, layer)
     if isinstance(site, (Head, HeadSource, AttnNeuron)):
         return Tap("attn_raw" if steer else "attn_z", layer)
     if isinstance(site, Sublayer):
@@ -291,11 +365,12 @@ def _joint(call: AttentionCall, row: int, position: int, head: int, source: int)
 
 
 def _raw_part(tap: Tap) -> str | None:
-    return {"coef": "mlp", "mlp_raw": "mlp", "attn_z": "attn", "attn_raw": "attn"}.get(tap.name)
+    mlp = dict.fromkeys(("coef", "mlp_raw", "experts_out", "shared_coef"), "mlp")
+    return (mlp | {"attn_z": "attn", "attn_raw": "attn"}).get(tap.name)
 
 
 def _row_slice(site: Site, d_head: int) -> slice:
-    if isinstance(site, Neuron):
+    if isinstance(site, (Neuron, SharedNeuron)):
         return slice(site.index, site.index + 1)
     assert isinstance(site, (Head, HeadSource, AttnNeuron))
     low = site.head * d_head + (site.index if isinstance(site, AttnNeuron) else 0)
@@ -304,6 +379,7 @@ def _row_slice(site: Site, d_head: int) -> slice:
 
 def _fineness(op: Operation) -> tuple[bool, bool, bool, int]:
     """States after sublayers, Steer after the rest, shares of one source before whole heads, finer first."""
-    coarse = {AttnNeuron: 0, HeadSource: 1, Head: 2, Neuron: 0, Sublayer: 3, Resid: 4}[type(op.site)]
+    order = (AttnNeuron, Neuron, ExpertNeuron, SharedNeuron, HeadSource, Head, Sublayer, Resid)
+    coarse = order.index(type(op.site))
     whole = getattr(op.site, "source", None) is None
     return (isinstance(op.site, Resid), op.steer is not None, whole, coarse)

@@ -15,10 +15,24 @@ from torch import Tensor
 
 from resid_surgery import _check
 from resid_surgery.errors import ArgumentError, InterventionError, PromptError, SiteError, StaleRecordingError
-from resid_surgery.sites import AttnNeuron, Bias, Constant, Head, HeadSource, Neuron, Resid, Site, Sublayer, as_sites
+from resid_surgery.sites import (
+    AttnNeuron,
+    Bias,
+    Constant,
+    ExpertNeuron,
+    Head,
+    HeadSource,
+    Neuron,
+    Resid,
+    SharedNeuron,
+    Site,
+    Sublayer,
+    as_sites,
+)
 from resid_surgery.stream.recording import Recording, be_recording
-from resid_surgery.stream.subvalues import joint_parts, resolve_in
+from resid_surgery.stream.subvalues import attention_of, joint_parts, need_group, neuron_place, resolve_in
 
+_NEURONS = (Neuron, ExpertNeuron, SharedNeuron)
 Positions = Any  # "target" | "all" | index | indices | token text
 
 
@@ -212,6 +226,8 @@ def _operations(rec: Recording, one: Intervention) -> list[Operation]:
                 continue  # causal: there is nothing from a later source
             raise SiteError(f"`{site}` has no source {source} at position {position}: attention is causal.")
         factor, value, steer = 1.0, None, None
+        if isinstance(site, ExpertNeuron) and position == rec.prompt.position and steer is None:
+            need_group(rec, site)
         if isinstance(one, Zero):
             factor = 0.0
         elif isinstance(one, Scale):
@@ -267,22 +283,29 @@ def _donor_value(one: Patch, site: Site, position: int) -> Tensor:
     s, i = donor.stream, site.layer
     if isinstance(site, Sublayer):
         return donor.work((s.attn_out if site.part == "attn" else s.mlp_out)[i, position])
-    value = donor.work(s.resid_pre[i, position])
-    if site.stage in ("mid", "post"):
-        value = value + donor.work(s.attn_out[i, position])
-    return value + donor.work(s.mlp_out[i, position]) if site.stage == "post" else value
+    if site.stage == "pre":
+        return donor.work(s.resid_pre[i, position])
+    if site.stage == "post" and i + 1 < len(s.resid_pre):
+        return donor.work(s.resid_pre[i + 1, position])
+    model = donor.model
+    attn, mlp = donor.work(s.attn_out[i, position]), donor.work(s.mlp_out[i, position])
+    state = donor.work(s.resid_pre[i, position])
+    if model.block(i).parallel:
+        return state * model.factor(i, "mlp_carry") + attn + mlp
+    state = state * model.factor(i, "attn_carry") + attn
+    return state if site.stage == "mid" else state * model.factor(i, "mlp_carry") + mlp
 
 
 def _value_at_target(donor: Recording, site: Site) -> Tensor:
-    if isinstance(site, Neuron):
-        return donor.work(donor.layers[site.layer].coefficient[site.index])
+    if isinstance(site, (Neuron, ExpertNeuron, SharedNeuron)):
+        return donor.work(need_group(donor, site).coefficient[neuron_place(site)[1]])
     if isinstance(site, Head):
-        return donor.work(donor.layers[site.layer].z[site.head])
+        return donor.work(attention_of(donor, site.layer, str(site)).z[site.head])
     if isinstance(site, HeadSource):
         return joint_parts(donor, site.layer)[site.head, site.source]
     if isinstance(site, AttnNeuron):
         if site.source is None:
-            return donor.work(donor.layers[site.layer].z[site.head, site.index])
+            return donor.work(attention_of(donor, site.layer, str(site)).z[site.head, site.index])
         return joint_parts(donor, site.layer)[site.head, site.source, site.index]
     record = donor.layers[site.layer]  # type: ignore[attr-defined]
     if isinstance(site, Sublayer):
@@ -306,10 +329,10 @@ def _refuse_overlaps(operations: Sequence[Operation]) -> None:
             for a, b in itertools.combinations(same, 2):
                 _refuse(a, b)
         # neurons can only meet themselves or their whole sublayer: no need to compare them pairwise
-        coarse = [site for site in group if not isinstance(site, Neuron)]
+        coarse = [site for site in group if not isinstance(site, _NEURONS)]
         for site in coarse:
             for other in group:
-                if (isinstance(other, Neuron) or str(site) < str(other)) and _overlap(site, other):
+                if (isinstance(other, _NEURONS) or str(site) < str(other)) and _overlap(site, other):
                     for a, b in itertools.product(group[site], group[other]):
                         _refuse(a, b)
 
@@ -328,15 +351,15 @@ def _refuse(a: Operation, b: Operation) -> None:
 def _region(site: Site) -> tuple[Any, ...]:
     if isinstance(site, Resid):
         return (site.layer + (site.stage == "post"), "mid" if site.stage == "mid" else "pre")
-    part = site.part if isinstance(site, Sublayer) else "mlp" if isinstance(site, Neuron) else "attn"
+    part = site.part if isinstance(site, Sublayer) else "mlp" if isinstance(site, _NEURONS) else "attn"
     return (site.layer, part)  # type: ignore[attr-defined]
 
 
 def _overlap(a: Site, b: Site) -> bool:
     if isinstance(a, (Sublayer, Resid)) or isinstance(b, (Sublayer, Resid)):
         return True
-    if isinstance(a, Neuron) and isinstance(b, Neuron):
-        return a.index == b.index
+    if isinstance(a, _NEURONS) and isinstance(b, _NEURONS):
+        return a == b
     if a.head != b.head:  # type: ignore[attr-defined]
         return False
     for name in ("index", "source"):
