@@ -25,6 +25,7 @@ _HOMES = {
     "surgery.interventions": "Zero Scale Patch Steer",
     "surgery.effects": "Effect intervene intervene_each",
     "evidence.check": "check",
+    "evidence.families": "check_families",
     "evidence.operating": "Operated operate",
     "views.plots": "plot_stream",
 }

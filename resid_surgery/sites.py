@@ -301,7 +301,10 @@ _PATTERNS: tuple[tuple[re.Pattern[str], Callable[..., Site]], ...] = (
     (re.compile(r"L(-?[0-9]{1,9})\.(attn|mlp)"), lambda a, b: Sublayer(int(a), b)),
     (re.compile(r"L(-?[0-9]{1,9})\.resid_(pre|mid|post)"), lambda a, b: Resid(int(a), b)),
     (re.compile(r"L(-?[0-9]{1,9})\.(attn|mlp)\.bias"), lambda a, b: Bias(int(a), b)),
-    (re.compile(r"L(-?[0-9]{1,9})\.E([0-9]{1,9})\.N([0-9]{1,9})"), lambda a, b, c: ExpertNeuron(int(a), int(b), int(c))),
+    (
+        re.compile(r"L(-?[0-9]{1,9})\.E([0-9]{1,9})\.N([0-9]{1,9})"),
+        lambda a, b, c: ExpertNeuron(int(a), int(b), int(c)),
+    ),
     (re.compile(r"L(-?[0-9]{1,9})\.shared\.N([0-9]{1,9})"), lambda a, b: SharedNeuron(int(a), int(b))),
     (re.compile(r"L(-?[0-9]{1,9})\.E([0-9]{1,9})\.bias"), lambda a, b: Bias(int(a), "mlp", int(b))),
     (re.compile(r"L(-?[0-9]{1,9})\.shared\.bias"), lambda a: Bias(int(a), "mlp", "shared")),
@@ -327,7 +330,9 @@ def parse_site(text: str) -> Site:
             if found := pattern.fullmatch(text):
                 return build(*found.groups())
     raise SiteError(
-        message("site", "a site such as L20.N1297, L3.E5.N17, L12.H4, L12.H4<3, L3.H4.D7, L12.mlp or L3.resid_pre", text)
+        message(
+            "site", "a site such as L20.N1297, L3.E5.N17, L12.H4, L12.H4<3, L3.H4.D7, L12.mlp or L3.resid_pre", text
+        )
     )
 
 

@@ -10,14 +10,15 @@ import resid_surgery
 ROOT = Path(resid_surgery.__file__).parent
 ORDER = {
     "": ["errors", "_check", "sites"],
-    "models": ["parts", "anatomy", "prompts", "facts", "fingerprint", "checkpoints", "opening", "tracing"],
-    "stream": ["recording", "subvalues", "vocabulary", "tables", "closing", "loading", "knowing"],
+    "models": ["zoo", "parts", "experts", "layout", "calls", "mlps", "wiring", "anatomy", "prompts", "facts",
+               "fingerprint", "checkpoints", "opening", "attention", "tracing", "settling"],
+    "stream": ["records", "recording", "blocks", "subvalues", "vocabulary", "tables", "closing", "loading", "knowing"],
     "attribution": ["scores", "bounds", "locating", "sources"],
     "surgery": ["interventions", "engine", "effects"],
-    "evidence": ["check", "operating"],
+    "evidence": ["check", "families", "operating"],
     "views": ["plots", "text", "files"],
     "cli": ["main"],
-}
+}  # fmt: skip
 PLACE = {".".join(filter(None, [room, name])): (i, j) for i, (room, names) in enumerate(ORDER.items())
          for j, name in enumerate(names)}  # fmt: skip
 MODULES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py") if p.name != "__init__.py")

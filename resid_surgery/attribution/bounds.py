@@ -23,8 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from resid_surgery.attribution.scores import States
-from resid_surgery.stream.recording import Recording
 from resid_surgery.stream.blocks import Block, Square
+from resid_surgery.stream.recording import Recording
 from resid_surgery.stream.vocabulary import Readout
 
 MOST_DOUBT = 0.05

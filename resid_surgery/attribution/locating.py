@@ -21,8 +21,8 @@ from resid_surgery.attribution.bounds import UpperBounds
 from resid_surgery.attribution.scores import States, check_query, need_places
 from resid_surgery.errors import ArgumentError
 from resid_surgery.sites import Site
-from resid_surgery.stream.recording import Recording, need_recording
 from resid_surgery.stream.blocks import Block, Numbering
+from resid_surgery.stream.recording import Recording, need_recording
 from resid_surgery.stream.tables import bs_columns
 
 SCORES = ("log_prob_increase",)

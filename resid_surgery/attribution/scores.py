@@ -20,8 +20,8 @@ from torch import Tensor
 
 from resid_surgery import _check
 from resid_surgery.errors import SiteError
-from resid_surgery.stream.recording import Recording, be_recording, need_recording
 from resid_surgery.stream.blocks import Block
+from resid_surgery.stream.recording import Recording, be_recording, need_recording
 from resid_surgery.stream.subvalues import KINDS, candidates, state_of
 from resid_surgery.stream.vocabulary import Readout
 

@@ -148,7 +148,9 @@ class _Reader:
     def without(self, removed: Float[Tensor, "n d_model"], norm: str) -> Float[Tensor, " n"]:
         """Coefficients when each removed vector is left out of what the keys read."""
         rest = self.state - removed
-        pre = (self.norm.linear(rest, self._scale_of(rest, norm)) @ self.keys.T + self.constants).to(self.rec.model.dtype)
+        pre = (self.norm.linear(rest, self._scale_of(rest, norm)) @ self.keys.T + self.constants).to(
+            self.rec.model.dtype
+        )
         model, layer = self.rec.model, self.site.layer
         if not (self.group.expert is None and model.has(layer, "coef_norm")):
             columns = tuple(column[:, None] for column in pre.T)
@@ -174,7 +176,9 @@ class _Reader:
         """What the MLP reads in the recording."""
         return self.norm.linear(self.state, self.scale) + self.norm.bias
 
-    def table(self, blocks: list[Block], shares: list[Tensor], *, grain: str, top: int, norm: str, router: str) -> pd.DataFrame:  # fmt: skip
+    def table(
+        self, blocks: list[Block], shares: list[Tensor], *, grain: str, top: int, norm: str, router: str
+    ) -> pd.DataFrame:
         """The rows of one reader."""
         count = len(shares[0])
         picked = [s.abs().topk(min(top, count)).indices for s in shares]
@@ -187,18 +191,20 @@ class _Reader:
         names = [str(numbering.site(i)) for i in listed.tolist()]
         kinds = [blocks[numbering.place(i)[0]].kind for i in listed.tolist()]
         rows = []
-        for key, (name, chosen, values) in enumerate(
-            zip(self.names, picked, shares, strict=True)
-        ):
+        for key, (name, chosen, values) in enumerate(zip(self.names, picked, shares, strict=True)):
             at = key * len(chosen)
             shown = values[chosen]
             for i, share in enumerate(shown.tolist()):
-                rows.append((name, names[at + i], kinds[at + i], share, float(coefficients[at + i]), weights[at + i], key))
+                rows.append(
+                    (name, names[at + i], kinds[at + i], share, float(coefficients[at + i]), weights[at + i], key)
+                )
             left = count - len(chosen)
             if left:
                 last = len(listed) + key
                 share = float(values.sum() - shown.sum())
-                rows.append((name, f"remainder ({left})", "remainder", share, float(coefficients[last]), weights[last], key))
+                rows.append(
+                    (name, f"remainder ({left})", "remainder", share, float(coefficients[last]), weights[last], key)
+                )
             constant = float(self.constants[key])
             rows.append((name, "constant", "constant", constant, float("nan"), float("nan"), key))
         columns = ["key", "writer", "kind", "share", "coefficient_without", "weight_without", "number"]

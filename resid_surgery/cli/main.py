@@ -144,16 +144,33 @@ def sources(
 @app.command()
 def check(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="smollm2-135m (embedded), a hub id, a folder or a .gguf file.")
-    ] = "smollm2-135m",
+        str | None, typer.Argument(metavar="MODEL", help="smollm2-135m (embedded), a hub id, a folder or a .gguf file.")
+    ] = None,
+    all_families: Annotated[
+        bool, typer.Option("--all-families", help="Build every registered causal-LM type tiny and check each.")
+    ] = False,
+    family: Annotated[
+        list[str] | None, typer.Option("--family", help="Only this model type, built tiny; repeat for more.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Families as a Markdown table.")] = False,
     as_json: AsJson = False,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Measure every line of the mathematics on a model."""
+    """Measure every line of the mathematics on a model, or on every family that transformers has.
+
+    Exit code 1 if an identity fails.
+    """
     import resid_surgery as rs
 
-    opened = _load(model, dtype, device)
+    if all_families or family:
+        if model is not None or device is not None:
+            raise rs.ArgumentError(
+                "`MODEL` and `--device` do not go with --all-families or --family: these build models."
+            )
+        _check_families(family or None, dtype or "float32", markdown, as_json)
+        return
+    opened = _load(model or "smollm2-135m", dtype, device)
     with _busy("checking"):
         table = rs.check(opened)
     about = "\n".join(f"{name}: {value}" for name, value in opened.anatomy.describe().items())
@@ -162,12 +179,21 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command()
-def families() -> None:
-    """The supported families as a Markdown table (the README's is this output)."""
-    from resid_surgery.models.anatomy import families_table
+def _check_families(types: list[str] | None, dtype: str, markdown: bool, as_json: bool) -> None:
+    import resid_surgery as rs
+    from resid_surgery.evidence.families import families_markdown
+    from resid_surgery.models.zoo import causal_types
+    from resid_surgery.views.text import progress
 
-    typer.echo(families_table())
+    with progress("families", len(types or causal_types())) as step:
+        table = rs.check_families(types, dtype=dtype, each=step)
+    if markdown:
+        typer.echo(families_markdown(table))
+    else:
+        counts = ", ".join(f"{n} {status}" for status, n in table["status"].value_counts().items())
+        _show(table, 0, as_json, heading=f"{len(table)} types in {dtype}: {counts}", extra={})
+    if "wrong" in set(table["status"]):
+        raise typer.Exit(1)
 
 
 def run() -> None:

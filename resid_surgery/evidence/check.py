@@ -20,9 +20,9 @@ from resid_surgery.attribution.sources import NeuronSite, sources
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.tracing import Tap, Values, forward
 from resid_surgery.sites import ExpertNeuron, Neuron, SharedNeuron
+from resid_surgery.stream.blocks import PostMap
 from resid_surgery.stream.closing import Closure, closures, probe, relative
 from resid_surgery.stream.recording import Recording, closure_tolerance, need_model
-from resid_surgery.stream.blocks import PostMap
 from resid_surgery.stream.subvalues import addends, need_group, neuron_block, neuron_site, read_by
 from resid_surgery.stream.vocabulary import Readout
 from resid_surgery.surgery.effects import PARTS, Effect, intervene_each

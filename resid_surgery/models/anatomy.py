@@ -127,7 +127,8 @@ class Anatomy:
 
     def blocks(self) -> tuple[BlockLayout, ...]:
         """The distinct kinds of block."""
-        return self.layout.block if isinstance(self.layout.block, tuple) else (self.layout.block,)
+        block = self.layout.block
+        return (block,) if isinstance(block, BlockLayout) else tuple(dict.fromkeys(block))
 
     def key_names(self, layer: int) -> tuple[str, ...]:
         """Names of a dense (or shared) neuron's keys, in forward order."""
@@ -244,9 +245,11 @@ def dissect(module: nn.Module, layout: Layout, name: str, matched: str) -> Anato
     )
 
 
-def _sizes(row: BlockLayout, layer: int, part: Callable[[int | None, str], nn.Module], d_model: int, name: str) -> LayerSizes:  # fmt: skip
+def _sizes(
+    row: BlockLayout, layer: int, part: Callable[[int | None, str], nn.Module], d_model: int, name: str
+) -> LayerSizes:
     """Sizes of one block's MLP; every projection of the block is required to be plain."""
-    for _, path in row.paths().items():
+    for path in row.paths().values():
         part(layer, split_key(path)[0])  # it exists
     widths: dict[str, int] = {}
     for p, path in _projections(row):

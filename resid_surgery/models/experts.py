@@ -101,7 +101,7 @@ def experts_of(module: nn.Module) -> Experts | None:
         return None
     gated = isinstance(getattr(module, "gate_up_proj", None), nn.Parameter)
     single = not gated and isinstance(getattr(module, "up_proj", None), nn.Parameter)
-    if not gated and not single or not (hasattr(module, "_apply_gate") or hasattr(module, "act_fn")):
+    if (not gated and not single) or not (hasattr(module, "_apply_gate") or hasattr(module, "act_fn")):
         return None
     flag = vars(module).get
     return Experts(module, gated, bool(flag("is_transposed", False)), bool(flag("is_concatenated", True)))

@@ -13,7 +13,6 @@ With x the block's input, the two writers of a block add
 and in a parallel block both are added to ``mlp_carry * x``. Carries and scales are 1 in most families.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, final
 
@@ -22,6 +21,7 @@ from resid_surgery.errors import ArgumentError
 
 AttnKind = Literal["attention", "opaque", "none"]
 MlpKind = Literal["neurons", "experts", "opaque", "none"]
+MIXES = ("weights", "product", "sdpa", "named", "differential")
 Factor = float | str
 """A number, or the path (inside the block) of a parameter or buffer that multiplies."""
 
@@ -38,11 +38,15 @@ class BlockLayout:
         attn_norm, mlp_norm: norm that a writer reads through, or None where it reads the stream itself.
         attn_post_norm, mlp_post_norm: module between a writer and the stream, if any.
         mix: where attention weights meet values: "interface" for the attention interface of
-            transformers, or "weights:OP", "product:OP", "sdpa:OP" with OP an operation of `attn`'s source.
+            transformers; "weights:OP" (called with query, key, value; returns the weights too),
+            "product:OP" (of weights and values), "sdpa:OP" or "named:WEIGHTS,VALUES" with OP an operation
+            of `attn`'s source; "differential:NORM" for pairs of heads whose weights are subtracted.
         gated: something elementwise (a gate, a norm) stands between attention and W_O.
-        mlp: the MLP's module ("" for the block itself). mlp_out: the down-projection.
+        mlp: the MLP's module ("" for the block itself). mlp_with: a module beside it whose output is
+            added to its. mlp_out: the down-projection.
         keys: input projections of the MLP, gate first; ``path[0]`` and ``path[1]`` are the halves of
-            a fused one. activation: path of the activation, or ":silu" for torch.nn.functional's. coef_norm: norm before the down-projection.
+            a fused one. activation: path of the activation, or ":silu" for torch.nn.functional's.
+            coef_norm: norm before the down-projection.
         experts: the module that holds the experts' tensors.
         shared_keys, shared_activation, shared_out: the shared expert's projections. shared_first:
             it is computed before the routed experts.
@@ -60,6 +64,7 @@ class BlockLayout:
     gated: bool = False
     mlp_kind: MlpKind = "neurons"
     mlp: str | None = None
+    mlp_with: str | None = None
     mlp_out: str | None = None
     mlp_norm: str | None = None
     mlp_post_norm: str | None = None
@@ -89,15 +94,17 @@ class BlockLayout:
         ):
             if needed and not isinstance(getattr(self, name), str):
                 raise ArgumentError(message(name, "a module path inside the block for this kind", getattr(self, name)))
-        if self.mix != "interface" and self.mix.partition(":")[0] not in ("weights", "product", "sdpa"):
-            raise ArgumentError(message("mix", "'interface', 'weights:OP', 'product:OP' or 'sdpa:OP'", self.mix))
+        if self.mix != "interface" and self.mix.partition(":")[0] not in MIXES:
+            raise ArgumentError(
+                message("mix", "'interface' or one of " + ", ".join(f"'{m}:...'" for m in MIXES), self.mix)
+            )
 
     def paths(self) -> dict[str, str]:
         """Part name -> module path inside the block, for the parts that this kind of block has."""
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         parts = {
             name: named[name]
-            for name in ("attn", "attn_out", "attn_norm", "attn_post_norm", "mlp", "mlp_out", "mlp_norm",
+            for name in ("attn", "attn_out", "attn_norm", "attn_post_norm", "mlp", "mlp_with", "mlp_out", "mlp_norm",
                          "mlp_post_norm", "coef_norm", "experts", "shared_out")
             if named[name] is not None
         }  # fmt: skip
@@ -127,14 +134,14 @@ class Layout:
     blocks: str
     final_norm: str
     unembed: str
-    block: BlockLayout | tuple[BlockLayout, ...]
+    block: BlockLayout | tuple[BlockLayout, ...] | list[BlockLayout]
     head_scale: float = 1.0
     logit_scale: float = 1.0
     logit_cap: float | None = None
     family: str = "given"
 
     def __post_init__(self) -> None:
-        if isinstance(self.block, Sequence) and not isinstance(self.block, tuple):
+        if isinstance(self.block, list):
             object.__setattr__(self, "block", tuple(self.block))
         rows = self.block if isinstance(self.block, tuple) else (self.block,)
         if not rows or not all(isinstance(row, BlockLayout) for row in rows):
@@ -142,7 +149,7 @@ class Layout:
 
     def of_layer(self, layer: int) -> BlockLayout:
         """The block layout of one layer."""
-        return self.block[layer] if isinstance(self.block, tuple) else self.block
+        return self.block if isinstance(self.block, BlockLayout) else self.block[layer]
 
 
 def split_key(path: str) -> tuple[str, int | None]:

@@ -6,7 +6,7 @@ reproduced from what its experts' tensors make of what they read. Anything else 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -43,6 +43,8 @@ class Mlp:
         unit: path of its module from the top (the block's own where it has none). down: the call whose
             output is written. read: what it reads. norm: the call that made what it reads, or None.
         neurons: of a dense MLP, or of the shared expert. experts: path of the experts, or None.
+        shared_first: the shared expert is computed before the routed ones. other: path of a module
+            beside the unit whose output is added to its.
     """
 
     unit: str
@@ -52,6 +54,7 @@ class Mlp:
     neurons: Neurons | None
     experts: str | None = None
     shared_first: bool = False
+    other: str | None = None
 
     def state(self, inside: Sequence[Call]) -> Tensor:
         """The state of the stream that it reads, before its norm."""
@@ -70,7 +73,8 @@ class Mlp:
                                   "mlp_norm": norm}  # fmt: skip
         if one is not None:
             fields |= {"shared_keys": tuple(rel(k) for k in one.keys), "shared_activation": _rel(one.activation, rel),
-                       "shared_out": rel(one.down.path), "shared_first": self.shared_first}  # fmt: skip
+                       "shared_out": rel(one.down.path), "shared_first": self.shared_first,
+                       "mlp_with": None if self.other is None else rel(self.other)}  # fmt: skip
         return fields
 
 
@@ -106,7 +110,9 @@ def read_neurons(home: Call, within: Sequence[Call], inside: Sequence[Call], d: 
     coefficient = down.x
     assert coefficient is not None
     m = coefficient.shape[-1]
-    keys = [c for c in linear if c is not down and c.end < down.start and c.y is not None and c.y.shape[-1] in (m, 2 * m)]
+    keys = [
+        c for c in linear if c is not down and c.end < down.start and c.y is not None and c.y.shape[-1] in (m, 2 * m)
+    ]
     if not keys:
         return "no projection before its down-projection is as wide as its coefficients"
     keys = [c for c in keys if same(c.x, keys[0].x)]
@@ -127,7 +133,9 @@ def activations(home: Call, within: Sequence[Call], inside: Sequence[Call]) -> I
     """(path from the top, callable) of everything that may be the activation."""
     seen: set[str] = set()
     for call in within:
-        simple = call.leaf and not call.linear and not call.norm and not isinstance(call.module, (nn.Dropout, nn.Identity))
+        simple = (
+            call.leaf and not call.linear and not call.norm and not isinstance(call.module, (nn.Dropout, nn.Identity))
+        )
         if simple and call.path not in seen:
             seen.add(call.path)
             yield call.path, call.module
@@ -154,7 +162,7 @@ def _products(parts: dict[str, Tensor], act: Any) -> Iterator[tuple[tuple[str, .
         for gate, value in parts.items():
             try:
                 on = act(value)
-            except Exception:  # an activation of something else: not this MLP's
+            except Exception:  # noqa: BLE001 (a callable for something else: not this MLP's activation)
                 return
             if not isinstance(on, Tensor) or on.shape != value.shape:
                 return
@@ -187,6 +195,19 @@ def _mixture(unit: Call, routed: Call, within: Sequence[Call], inside: Sequence[
         return "its output is not its routed experts plus a multiple of one shared expert"
     first = neurons is not None and neurons.down.end < routed.start
     return Mlp(unit.path, unit, unit.x, _norm_of(unit.x, inside), neurons, routed.path, first)
+
+
+def beside(mlps: list[Mlp]) -> list[Mlp]:
+    """A mixture and a dense MLP that read the same and are added are one MLP with a shared expert."""
+    if len(mlps) != 2 or not same(mlps[0].read, mlps[1].read):
+        return mlps
+    routed, dense = mlps
+    if routed.experts is None or routed.neurons is not None or dense.experts is not None:
+        return mlps
+    assert routed.down.y is not None
+    assert dense.down.y is not None
+    both = replace(routed.down, y=routed.down.y + dense.down.y, end=dense.down.end)
+    return [replace(routed, down=both, neurons=dense.neurons, other=dense.unit)]
 
 
 def mixes(total: Tensor, terms: Sequence[Tensor], tolerance: float) -> bool:

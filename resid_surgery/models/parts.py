@@ -98,7 +98,10 @@ def measure_norm(module: nn.Module, d: int, name: str) -> NormForm:
         tolerance = 8 * max(torch.finfo(like.dtype).eps, 1.2e-7)
         for form in _forms(module):
             norm = form.read(module, d, torch.float64)
-            errors = [(norm(x.double()) - y).abs().max() / y.abs().max() for x, y in zip((probe, small), measured, strict=True)]
+            errors = [
+                (norm(x.double()) - y).abs().max() / y.abs().max()
+                for x, y in zip((probe, small), measured, strict=True)
+            ]
             if max(float(e) for e in errors) <= tolerance:
                 return form
     raise UnsupportedModelError(

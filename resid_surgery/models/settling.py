@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from resid_surgery.errors import UnsupportedModelError
+from resid_surgery.models.attention import AttentionCall
 from resid_surgery.models.opening import OpenedModel
-from resid_surgery.models.tracing import AttentionCall, Tap, Values, forward
+from resid_surgery.models.tracing import Tap, Values, forward
 
 
 def settle(model: OpenedModel) -> None:
@@ -25,7 +26,8 @@ def settle(model: OpenedModel) -> None:
     layers = [i for i in range(model.anatomy.n_layers) if model.block(i).attn_kind == "attention"]
     ids = model.probe_ids()
     t = ids.shape[1] - 1
-    taps = [Tap(name, i) for i in layers for name in ("attn_call", "attn_mix", "attn_z")]  # type: ignore[arg-type]
+    taps = [Tap(name, i) for i in layers for name in ("attn_call", "attn_z")]
+    taps += [Tap("attn_mix", i) for i in layers if not model.block(i).mix.startswith("named")]
     values = forward(model, ids, taps, at=t)
     heads, gated = {}, set()
     for layer in layers:
@@ -36,12 +38,12 @@ def settle(model: OpenedModel) -> None:
         wide = model.rows(layer, "attn_out").rows.shape[0]
         if n * d != wide or n % kv:
             raise UnsupportedModelError(
-                f"{model.name} is refused: in layer {layer}, {n} heads of {d} (over {kv} KV) come out of attention, but "
-                f"{model.path(layer, 'attn_out')} reads {wide} coordinates: heads do not lie side by side in it."
+                f"{model.name} is refused: in layer {layer}, {n} heads of {d} (over {kv} KV) come out of attention, "
+                f"but {model.path(layer, 'attn_out')} reads {wide} coordinates: heads do not lie side by side in it."
             )
         heads[layer] = (n, kv, d)
-        z, mix = values[Tap("attn_z", layer)][0, 0], values[Tap("attn_mix", layer)][0, 0].reshape(-1)
-        if not torch.equal(z, mix):
+        mix = values.get(Tap("attn_mix", layer))
+        if mix is not None and not torch.equal(values[Tap("attn_z", layer)][0, 0], mix[0, 0].reshape(-1)):
             gated.add(layer)
     if gated:
         _require_elementwise(model, ids, t, sorted(gated), heads)
@@ -68,11 +70,11 @@ def _require_elementwise(
         return write
 
     writes = {Tap("attn_mix", layer): perturb(row, layer) for row, layer in enumerate(gated, start=1)}
-    taps = [Tap(name, layer) for layer in gated for name in ("attn_mix", "attn_z")]  # type: ignore[arg-type]
+    taps = [Tap(name, layer) for layer in gated for name in ("attn_mix", "attn_z")]
     values = forward(model, ids.repeat(len(gated) + 1, 1), taps, writes, at=t)
     for row, layer in enumerate(gated, start=1):
         n, _, d = heads[layer]
-        z, mix = (values[Tap(name, layer)].double().reshape(len(gated) + 1, n, d) for name in ("attn_z", "attn_mix"))  # type: ignore[arg-type]
+        z, mix = (values[Tap(name, layer)].double().reshape(len(gated) + 1, n, d) for name in ("attn_z", "attn_mix"))
         clean, moved = z[0] * mix[row], z[row] * mix[0]  # equal where the ratio z / mix is what it was
         scale = (moved * clean).sum(-1, keepdim=True) / clean.square().sum(-1, keepdim=True).clamp_min(1e-300)
         error = float((moved - scale * clean).abs().max() / moved.abs().max().clamp_min(1e-300))

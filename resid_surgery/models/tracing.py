@@ -6,7 +6,6 @@ detached and cloned. A write is a function of the value found there and of the v
 """
 
 import inspect
-import sys
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from resid_surgery.errors import ResidSurgeryError, UnsupportedModelError
+from resid_surgery.models.attention import ExpertsCall, attention_call
 from resid_surgery.models.layout import split_key
 from resid_surgery.models.opening import OpenedModel
 
@@ -30,6 +30,7 @@ TapName = Literal[
     "mlp_read",
     "experts_call",
     "experts_out",
+    "mlp_first",
     "shared_key0",
     "shared_key1",
     "shared_coef",
@@ -56,7 +57,8 @@ class Tap:
     ``attn_raw/add``: what W_O (or an opaque writer) writes / the same after a post-norm, before the
     layer's scale. ``mlp_read``: what the MLP's keys read. ``key0/1``: pre-activations. ``coef``: the
     down-projection's input. ``experts_call``: states, indices and weights of routed experts;
-    ``experts_out``: their sum; ``shared_*``: of the shared expert. ``mlp_raw/add``: as for attention.
+    ``experts_out``: their sum; ``shared_*``: of the shared expert; ``mlp_first``: the output of an MLP
+    to which another module's is added. ``mlp_raw/add``: as for attention.
     ``bs``: the unembedding's output before a logit scale. ``logits``: the model's own.
     """
 
@@ -75,54 +77,9 @@ class Tap:
         return layer, (_ORDER.index("mlp_read") + place / 100 if early else place)
 
 
-@final
-@dataclass(frozen=True)
-class AttentionCall:
-    """Inputs of one attention call, as the model passed them.
-
-    Attributes:
-        value: (row, kv_head, position, d_head).
-        query: (row, head, query position, d_key), key: (row, kv_head, position, d_key), or None where
-            only the weights are to be had.
-        weights: (row, head, query position, position) the weights as the model computed them, or
-            None where they are recomputed from query and key.
-        mask: (row or 1, 1 or head, query position, key position) additive or boolean, or None.
-        first: which position the first query position is.
-        scaling, softcap: factor and cap of the scores. sinks: (head,) a score that takes weight
-            and gives no value, or None. extra: keywords with no known meaning here.
-    """
-
-    value: Tensor
-    query: Tensor | None
-    key: Tensor | None
-    weights: Tensor | None
-    mask: Tensor | None
-    first: int
-    scaling: float
-    softcap: float | None
-    sinks: Tensor | None
-    extra: tuple[str, ...]
-
-
-@final
-@dataclass(frozen=True)
-class ExpertsCall:
-    """What a layer's routed experts were called with.
-
-    Attributes:
-        states: (row, position, d_model). index: (row, position, k) experts.
-        weight: (row, position, k) router weights.
-    """
-
-    states: Tensor
-    index: Tensor
-    weight: Tensor
-
-
 Values = dict[Tap, Any]
 Write = Callable[[Tensor, Values], Tensor]
 
-_HARMLESS = {"dropout", "dropout_p", "position_ids", "use_cache", "is_causal", "sliding_window", "cache_position"}
 _trace_lock = threading.RLock()
 
 
@@ -163,7 +120,8 @@ def forward(
     """
     writes = writes or {}
     wanted = set(reads)
-    plan = sorted(wanted | set(writes), key=lambda tap: tap.when(model))
+    sums = {tap: Tap("mlp_first", tap.layer) for tap in wanted | set(writes) if _is_sum(model, tap)}
+    plan = sorted(wanted | set(writes) | set(sums.values()), key=lambda tap: tap.when(model))
     kwargs: dict[str, Any] = {"use_cache": False}
     sliced = at is not None and _keeps_logits(model)
     if sliced:
@@ -175,9 +133,15 @@ def forward(
         try:
             with traced.trace(input_ids=ids, **kwargs):
                 seen: dict[Any, Any] = {}
+                first: dict[Any, Any] = {}
                 for tap in plan:
                     place, field = _place(traced, model, tap)
                     value = getattr(place, field)
+                    if tap.name == "mlp_first":
+                        first[tap] = value[0] if isinstance(value, tuple) else value
+                    other = first[sums[tap]] if tap in sums else None
+                    if other is not None:
+                        value = value + other
                     if tap in writes:
                         whole = value[0] if isinstance(value, tuple) else value
                         try:
@@ -186,7 +150,7 @@ def forward(
                             raised.append(error)
                             raise
                         value = (left, *value[1:]) if isinstance(value, tuple) else left
-                        setattr(place, field, value)
+                        setattr(place, field, value if other is None else value - other)
                     if tap in wanted:
                         seen[tap] = _read(model, tap, value, rows, None if tap in everywhere else at, sliced)
                 nnsight.save(seen)
@@ -214,9 +178,16 @@ def routing(model: OpenedModel, layer: int, read: Tensor) -> tuple[Tensor, Tenso
         experts = _envoy(traced, model.path(layer, "experts").removeprefix(model.path(layer, "mlp") + "."))
         with traced.trace(read[None].to(model.dtype)):
             called = nnsight.save(experts.inputs)
-        args, kwargs = called
-    _, index, weight = [*args, *kwargs.values()]
+    args, kwargs = called
+    index, weight = [*args, *kwargs.values()][1:]
     return index.reshape(len(read), -1), weight.reshape(len(read), -1).to(read.dtype)
+
+
+def _is_sum(model: OpenedModel, tap: Tap) -> bool:
+    """Whether what is tapped is the sum of two modules' outputs, and so no module's own."""
+    if tap.name not in ("mlp_raw", "mlp_add") or model.block(tap.layer).mlp_with is None:
+        return False
+    return tap.name == "mlp_raw" or not model.has(tap.layer, "mlp_post_norm")
 
 
 def _traced(model: OpenedModel) -> Any:
@@ -251,38 +222,49 @@ def _place(traced: Any, model: OpenedModel, tap: Tap) -> tuple[Any, str]:
 def _attention_place(traced: Any, model: OpenedModel, layer: int, name: str) -> tuple[Any, str]:
     """The operation inside attention's source where weights meet values."""
     kind, _, operation = model.block(layer).mix.partition(":")
-    source = _envoy(traced, model.path(layer, "attn")).source
-    if kind == "interface":
-        operation = "attention_interface_1"
-    if not hasattr(source, operation):
+    attn = _envoy(traced, model.path(layer, "attn"))
+    if kind == "differential" and name == "attn_mix":
+        return _envoy(attn, operation), "input"
+    names = {
+        "interface": ["attention_interface_1"],
+        "differential": ["attention_interface_1", "attention_interface_2", "lambda_full_0"],
+        "named": operation.split(",")[::-1],
+    }.get(kind, [operation])
+    missing = [one for one in names if not hasattr(attn.source, one)]
+    if missing:
         raise UnsupportedModelError(
-            f"layer {layer} of {model.name} computes attention without {operation}, where its layout looks for it."
+            f"layer {layer} of {model.name} computes attention without {missing[0]}, where its layout looks for it."
         )
-    place = getattr(source, operation)
+    places = [getattr(attn.source, one) for one in names]
     if name == "attn_mix":
-        return place, "output"
+        if kind == "named":
+            raise UnsupportedModelError(f"what attention leaves in layer {layer} of {model.name} cannot be tapped.")
+        return places[0], "output"
     if kind == "weights":
-        return _Both(place), "value"
-    return place, "inputs"
+        return _Reads([(places[0], "inputs"), (places[0], "output")]), "values"
+    if kind == "named":
+        return _Reads([(place, "output") for place in places]), "values"
+    if kind == "differential":
+        return _Reads([(places[0], "inputs"), (places[1], "inputs"), (places[2], "output")]), "values"
+    return places[0], "inputs"
 
 
 @final
-class _Both:
-    """Inputs and output of one operation, read in that order."""
+class _Reads:
+    """Several fields of operations, read in forward order."""
 
-    def __init__(self, place: Any) -> None:
-        self.place = place
+    def __init__(self, fields: list[tuple[Any, str]]) -> None:
+        self.fields = fields
 
     @property
-    def value(self) -> tuple[Any, Any]:
-        inputs = self.place.inputs
-        return inputs, self.place.output
+    def values(self) -> list[Any]:
+        return [getattr(place, field) for place, field in self.fields]
 
 
 def _part(model: OpenedModel, layer: int, name: str) -> tuple[str, str]:
     row = model.block(layer)
     attn = "attn_out" if row.attn_kind == "attention" else "attn"
-    mlp = "mlp_out" if row.mlp_kind == "neurons" else "mlp"
+    mlp = "mlp_out" if row.mlp_kind == "neurons" else "mlp_with" if row.mlp_with else "mlp"
     read = {"neurons": ("key0", "input"), "experts": ("mlp", "input")}.get(row.mlp_kind, ("mlp", "input"))
     table = {
         "block_in": ("block", "input"),
@@ -298,6 +280,7 @@ def _part(model: OpenedModel, layer: int, name: str) -> tuple[str, str]:
         "shared_key1": ("shared_key1", "output"),
         "shared_coef": ("shared_out", "input"),
         "shared_raw": ("shared_out", "output"),
+        "mlp_first": ("mlp", "output"),
         "mlp_raw": (mlp, "output"),
         "mlp_add": ("mlp_post_norm" if row.mlp_post_norm else mlp, "output"),
         "block_out": ("block", "output"),
@@ -314,7 +297,7 @@ def _envoy(traced: Any, path: str) -> Any:
 
 def _read(model: OpenedModel, tap: Tap, value: Any, rows: int, at: int | None, sliced: bool) -> Any:
     if tap.name == "attn_call":
-        return _attention_call(model.block(tap.layer).mix.partition(":")[0], value, rows, at)
+        return attention_call(model.block(tap.layer).mix.partition(":")[0], value, rows, at)
     if tap.name == "experts_call":
         args, kwargs = value
         kept = (t.detach().reshape(rows, -1, t.shape[-1]) for t in [*args, *kwargs.values()])
@@ -338,77 +321,11 @@ def _read(model: OpenedModel, tap: Tap, value: Any, rows: int, at: int | None, s
 def _mixed(model: OpenedModel, layer: int, value: Any, rows: int, at: int | None) -> Tensor:
     """(row, position, head, d_head) what attention left, before anything stands between it and W_O."""
     value = value[0] if isinstance(value, tuple) else value
-    if model.block(layer).mix != "interface":  # there heads come before positions
+    if not model.block(layer).mix.startswith(("interface", "differential")):  # there heads come before positions
         value = value.reshape(rows, -1, *value.shape[-2:]).transpose(1, 2)
     value = value if at is None else value[:, at : at + 1]
-    return value.detach().clone()
-
-
-def _attention_call(kind: str, value: Any, rows: int, at: int | None) -> AttentionCall:
-    weights = None
-    if kind == "weights":
-        value, (_, weights) = value[0], value[1][:2]
-    args, kwargs = value
-    if kind == "product":
-        weights, mixed = (t.detach().reshape(rows, -1, *t.shape[-2:]) for t in args[:2])
-        given: dict[str, Any] = {"value": mixed}
-    else:
-        names = {
-            "interface": ("module", "query", "key", "value", "attention_mask", "scaling"),
-            "weights": ("query", "key", "value", "attention_mask"),
-            "sdpa": ("query", "key", "value", "attn_mask"),
-        }[kind]
-        given = dict(zip(names, args, strict=False)) | kwargs
-    mask = given.get("attention_mask", given.get("attn_mask"))
-    query, key = given.get("query"), given.get("key")
-    known = {"module", "query", "key", "value", "attention_mask", "attn_mask", "scaling", "softcap", "s_aux", *_HARMLESS}
-    extra = tuple(sorted(k for k, v in kwargs.items() if k not in known and v is not None))
-    if extra and kind == "interface":
-        weights = _weights_of_own(given, {k: kwargs[k] for k in kwargs if k in extra or k in ("softcap", "s_aux")})
-    first = 0 if at is None else at
-    if at is not None:
-        query = None if query is None else query[:, :, at : at + 1]
-        mask = None if mask is None else mask[:, :, at : at + 1]
-        weights = None if weights is None else weights[:, :, at : at + 1]
-    scaling = given.get("scaling", given.get("scale"))
-    width = given["value"].shape[-1] if query is None else query.shape[-1]
-    return AttentionCall(
-        value=given["value"].detach().clone(),
-        query=_kept(query),
-        key=_kept(key),
-        weights=_kept(weights),
-        mask=_kept(mask),
-        first=first,
-        scaling=float(width**-0.5 if scaling is None else scaling),
-        softcap=given.get("softcap"),
-        sinks=_kept(given.get("s_aux")),
-        extra=extra,
-    )
-
-
-def _weights_of_own(given: dict[str, Any], keywords: dict[str, Any]) -> Tensor | None:
-    """Effective weights where the model passes its attention something else (an index, a bias).
-
-    Its own eager function is linear in the values, so unit vectors as values give its weights back:
-    out[t, j] = alpha[t, j], whatever the function does with scores.
-    """
-    module = given["module"]
-    own = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", None)
-    if own is None:
-        return None
-    query, key, value = (given[name].detach() for name in ("query", "key", "value"))
-    n, mask = key.shape[2], given.get("attention_mask")
-    seen = torch.ones(n, n, dtype=torch.bool, device=key.device).tril()[-query.shape[2] :]
-    mask = seen[None, None] if mask is None else mask
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    units = torch.eye(n, dtype=value.dtype, device=value.device).expand(value.shape[0], value.shape[1], n, n)
-    out = own(module, query, key, units, mask, scaling=given.get("scaling"), **keywords)[0]
-    return out.transpose(1, 2)  # type: ignore[no-any-return]
-
-
-def _kept(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().clone()
+    kept: Tensor = value.detach().clone()
+    return kept
 
 
 def _keeps_logits(model: OpenedModel) -> bool:

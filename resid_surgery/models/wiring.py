@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,25 +20,30 @@ from torch import Tensor, nn
 from resid_surgery.errors import UnsupportedModelError
 from resid_surgery.models.calls import Call, close, flatten, same, watch
 from resid_surgery.models.layout import BlockLayout, Factor, Layout
-from resid_surgery.models.mlps import Mlp, read_mlp
+from resid_surgery.models.mlps import Mlp, beside, read_mlp
 
 # Attention that does not go through transformers' attention interface: where its weights meet its values.
 ATTENTION_OPERATIONS: dict[str, str] = {
     "BloomAttention": "product:torch_bmm_0",
     "CodeGenAttention": "weights:self__attn_0",
+    "DiffLlamaAttention": "differential:groupnorm",
     "FalconAttention": "sdpa:torch_nn_functional_scaled_dot_product_attention_0",
+    "FalconAttention eager": "named:F_softmax_0,value_layer_0",
+    "FalconAttention alibi": "sdpa:torch_nn_functional_scaled_dot_product_attention_1",
+    "FalconAttention eager alibi": "named:F_softmax_1,value_layer_0",
     "GPTJAttention": "weights:self__attn_0",
     "GPTNeoSelfAttention": "weights:self__attn_0",
     "GPTNeoXJapaneseAttention": "weights:self__attn_0",
     "MptAttention": "product:torch_matmul_1",
     "XGLMAttention": "product:torch_bmm_1",
 }
+_CALLS_INTERFACE: WeakKeyDictionary[type[nn.Module], bool] = WeakKeyDictionary()
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 0.04, torch.float16: 0.004}
 _MIXES = re.compile(r"mamba|delta|linearattention|lightning|conv|recurrent|ssm|attention|mixer|lstm|rwkv|kda|lru", re.I)
 _NO_MIXES = re.compile(r"(mlp|moe|moeblock|feedforward)$", re.I)
 
 
-class Unreadable(Exception):
+class UnreadableError(Exception):
     """Why a model's wiring is no ledger; turned into an `UnsupportedModelError` with the model's name.
 
     `vague` reasons say what was not recognised rather than what stands in the way.
@@ -46,7 +52,7 @@ class Unreadable(Exception):
     vague = False
 
 
-class Unrecognised(Unreadable):
+class UnrecognisedError(UnreadableError):
     """A part that is not known."""
 
     vague = True
@@ -66,25 +72,39 @@ def read_layout(module: nn.Module, name: str, ids: Tensor) -> Layout:
     try:
         path, chain = _find_chain(module, calls, ids.shape[1])
         width = TOLERANCE.get(_dtype(chain[0].x), 1e-5)
-        if not any(attention_mix(one) is not None for one in module.get_submodule(path).modules()):
-            raise Unreadable("none of its layers has attention weights: it is a recurrent or state-space model")
         rows = []
         for layer, block in enumerate(chain):
             try:
                 rows.append(_Block(block, calls, config, width).read())
-            except Unreadable as why:
-                if why.vague:  # what the head says may be plainer
+            except UnreadableError as why:
+                if why.vague:  # what the head says, or that nothing attends, is plainer
                     _read_head(calls, chain[-1], config, width)
-                raise Unreadable(f"in layer {layer}, {why}") from None
+                    _require_attention(module.get_submodule(path))
+                raise UnreadableError(f"in layer {layer}, {why}") from None
+        _require_attention(module.get_submodule(path))
         norm, unembed, before, after, cap = _read_head(calls, chain[-1], config, width)
-    except Unreadable as why:
+    except UnreadableError as why:
         raise UnsupportedModelError(
             f"{name} (type '{getattr(config, 'model_type', None)}', {type(module).__name__}) is refused: {why}."
         ) from None
-    block = rows[0] if all(row == rows[0] for row in rows) else tuple(rows)
-    family = str(getattr(config, "model_type", None) or type(module).__name__)
-    return Layout(blocks=path, final_norm=norm, unembed=unembed, block=block, head_scale=before, logit_scale=after, logit_cap=cap,
-                  family=family)  # fmt: skip
+    return Layout(
+        blocks=path,
+        final_norm=norm,
+        unembed=unembed,
+        block=rows[0] if all(row == rows[0] for row in rows) else tuple(rows),
+        head_scale=before,
+        logit_scale=after,
+        logit_cap=cap,
+        family=str(getattr(config, "model_type", None) or type(module).__name__),
+    )
+
+
+def _require_attention(blocks: nn.Module) -> None:
+    if not any(attention_mix(one) is not None for one in blocks.modules()):
+        raise UnreadableError(
+            "none of its layers has attention weights: it is a recurrent or state-space model (a private attention "
+            "needs anatomy=Layout(...) with its `mix`)"
+        )
 
 
 def _dtype(x: Tensor | None) -> torch.dtype:
@@ -111,17 +131,25 @@ def _find_chain(module: nn.Module, calls: Sequence[Call], n_positions: int) -> t
                 found.append((sum(p.numel() for p in one.parameters()), path, chain))
     if not found:
         hint = f"{repeated} runs more than once a forward" if repeated else "no list of blocks runs as a chain"
-        raise Unreadable(f"{hint}, so its stream is no sum of one addend a writer")
+        raise UnreadableError(f"{hint}, so its stream is no sum of one addend a writer")
     _, path, chain = max(found, key=lambda item: item[0])
     for i, call in enumerate(chain):
-        if len(call.shape) != 3 or call.shape[1] != n_positions:
-            raise Unreadable(
-                f"the stream that enters layer {i} has shape {list(call.shape)}, not one vector a token "
-                "(hyper-connections, or tokens that the model adds itself)"
+        shape = list(call.shape)
+        if len(shape) > 3:
+            raise UnreadableError(
+                f"the stream that enters layer {i} has shape {shape}: it is kept in several copies (hyper-connections), "
+                "which are mixed between layers"
+            )
+        if len(shape) != 3 or shape[0] != 1 or shape[1] != n_positions:
+            raise UnreadableError(
+                f"the stream that enters layer {i} has shape {shape} for {n_positions} tokens: the model adds tokens of "
+                "its own, merges some, or turns positions around"
             )
     for i, (a, b) in enumerate(itertools.pairwise(chain)):
         if not same(a.y, b.x):
-            raise Unreadable(f"what layer {i + 1} reads is not what layer {i} left: something happens between blocks")
+            raise UnreadableError(
+                f"what layer {i + 1} reads is not what layer {i} left: something happens between blocks"
+            )
     return path, chain
 
 
@@ -155,13 +183,13 @@ class _Block:
         """The block's layout.
 
         Raises:
-            Unreadable: why there is none.
+            UnreadableError: why there is none.
         """
         cross = [n for n, m in self.block.module.named_children() if re.search(r"cross|encoder_attn", n)]
         if cross:
-            raise Unreadable(f"the block has {cross[0]}: it is the decoder of an encoder-decoder")
+            raise UnreadableError(f"the block has {cross[0]}: it is the decoder of an encoder-decoder")
         if any(c.norm and same(c.y, self.y) for c in self.inside):
-            raise Unreadable("the block ends in a norm of the sum (post-LayerNorm): the stream is no ledger")
+            raise UnreadableError("the block ends in a norm of the sum (post-LayerNorm): the stream is no ledger")
         mixer, mlp = self._writers()
         values: dict[str, Any] = {"attn_kind": "none", "mlp_kind": "none"}
         if mixer is not None:
@@ -179,7 +207,7 @@ class _Block:
         attention = [c for c in self.inside if attention_mix(c.module) is not None]
         attention = [c for c in attention if not any(c.path.startswith(o.path + ".") for o in attention)]
         if len(attention) > 1:
-            raise Unreadable(f"there are {len(attention)} attention modules")
+            raise UnreadableError(f"there are {len(attention)} attention modules")
         units = [c for c in self.children if not c.leaf and c.y is not None and c.y.shape == self.x.shape]
         units = [c for c in units if not any(a.path == c.path or a.path.startswith(c.path + ".") for a in attention)]
         loose = [c for c in self.children if c.leaf and c.linear]
@@ -192,16 +220,19 @@ class _Block:
             elif _MIXES.search(type(unit.module).__name__) and not _NO_MIXES.search(type(unit.module).__name__):
                 mixers.append(self._opaque(unit))
             else:
-                raise Unrecognised(f"{self.rel(unit)} ({type(unit.module).__name__}) is no known MLP: {found}")
+                raise UnrecognisedError(f"{self.rel(unit)} ({type(unit.module).__name__}) is no known MLP: {found}")
         if loose and not mlps:
             found = read_mlp(None, self.inside, self.block, self.tolerance, loose)
             if not isinstance(found, Mlp):
                 names = ", ".join(self.rel(c) for c in loose)
-                raise Unrecognised(f"the projections {names} make no known MLP: {found}")
+                raise UnrecognisedError(f"the projections {names} make no known MLP: {found}")
             mlps.append(found)
-        if len(mixers) > 1 or len(mlps) > 1 or not mixers + mlps:  # type: ignore[operator]
+        mlps = beside(mlps)
+        if len(mixers) > 1 or len(mlps) > 1 or not (mixers or mlps):
             what = [str(f["attn"]) for f, _ in mixers] + [self.rel_path(m.unit) for m in mlps]
-            raise Unrecognised(f"it has {len(what)} writers ({', '.join(what)}); attention and MLP, one each, are known")
+            raise UnrecognisedError(
+                f"it has {len(what)} writers ({', '.join(what)}); attention and MLP, one each, are known"
+            )
         return (mixers[0] if mixers else None), (mlps[0] if mlps else None)
 
     def _attention(self, call: Call) -> tuple[dict[str, Any], list[_Step]]:
@@ -210,9 +241,9 @@ class _Block:
         if not outs:
             return self._opaque(call)
         w_o = max(outs, key=lambda c: c.start)
-        fields = {"attn_kind": "attention", "attn": self.rel(call), "attn_out": self.rel(w_o),
-                  "mix": attention_mix(call.module), "attn_norm": self._norm_of(min(inside, key=lambda c: c.start).x)}  # fmt: skip
-        return fields, self._steps(w_o)
+        norm = self._norm_of(min(inside, key=lambda c: c.start).x)
+        fields = {"attn_kind": "attention", "attn": self.rel(call), "attn_out": self.rel(w_o), "attn_norm": norm}
+        return fields | {"mix": attention_mix(call.module)}, self._steps(w_o)
 
     def _opaque(self, call: Call) -> tuple[dict[str, Any], list[_Step]]:
         return {"attn_kind": "opaque", "attn": self.rel(call), "attn_norm": self._norm_of(call.x)}, self._steps(call)
@@ -248,14 +279,16 @@ class _Block:
         mixer_norm = mixer[0]["attn_norm"]
         shares = mixer_norm is not None and self._norm_of(mlp.read) == mixer_norm
         if same(state, self.x) or shares:
-            return {"parallel": True} | self._solved(self.y, self.x, [("attn", a_steps), ("mlp", m_steps)], "its output")
+            return {"parallel": True} | self._solved(
+                self.y, self.x, [("attn", a_steps), ("mlp", m_steps)], "its output"
+            )
         first = self._solved(state, self.x, [("attn", a_steps)], "what its MLP reads")
         return first | self._solved(self.y, state, [("mlp", m_steps)], "its output")
 
     def _solved(self, total: Tensor, base: Tensor, writers: list[tuple[str, list[_Step]]], what: str) -> dict[str, Any]:
         """total = carry * base + sum of scale * writer, trying each writer's last form first."""
         if total.shape != base.shape:
-            raise Unreadable(f"{what} has shape {list(total.shape)}, the stream {list(base.shape)}")
+            raise UnreadableError(f"{what} has shape {list(total.shape)}, the stream {list(base.shape)}")
         for form in ("numbers", "vectors"):
             for steps in itertools.product(*(reversed(steps) for _, steps in writers)):
                 terms = [base, *(step.y for step in steps)]
@@ -270,29 +303,21 @@ class _Block:
                         values[f"{part}_post_norm"] = step.path
                     elif step.kind == "other":
                         if part == "mlp":
-                            raise Unreadable(f"{step.path} stands between the MLP and the stream and is no norm")
+                            raise UnreadableError(f"{step.path} stands between the MLP and the stream and is no norm")
                         values |= {"attn_kind": "opaque", "attn": step.path}
                 return values
-        raise Unrecognised(f"{what} is no weighted sum of the stream and what was written to it")
+        raise UnrecognisedError(f"{what} is no weighted sum of the stream and what was written to it")
 
     def _vectors(self, total: Tensor, terms: list[Tensor]) -> list[Any] | None:
-        """Factors as vectors of d_model, each one a parameter or buffer of the block, or 1."""
-        if len(total) < len(terms) + 2:
-            return None
-        a = torch.stack([t.double() for t in terms], -1).transpose(0, 1)  # (d_model, token, term)
-        c = torch.linalg.lstsq(a, total.double().T[..., None]).solution
-        if not close(a @ c, total.double().T[..., None], 10 * self.tolerance, *terms):
-            return None
+        """Factors that are vectors of d_model: parameters or buffers of the block, or 1."""
         named = dict(self.block.module.named_parameters()) | dict(self.block.module.named_buffers())
-        out: list[Any] = []
-        for i in range(len(terms)):
-            vector = c[:, i, 0]
-            names = [n for n, p in named.items() if p.shape == vector.shape and close(p.detach(), vector, 0.01)]
-            one = close(vector, torch.ones_like(vector), 0.01)
-            if not names and not one:
-                return None
-            out.append(1.0 if one else names[0])
-        return out
+        vectors: dict[str | float, Any] = {1.0: 1.0}
+        vectors |= {n: p.detach().double() for n, p in named.items() if p.shape == (self.d,) and "." not in n}
+        for chosen in itertools.product(vectors, repeat=len(terms)):
+            made = sum(vectors[name] * term.double() for name, term in zip(chosen, terms, strict=True))
+            if isinstance(made, Tensor) and close(made, total, self.tolerance, *terms):
+                return list(chosen)
+        return None
 
     def _named(self, value: float) -> Factor:
         """A measured factor as the parameter, attribute or config entry that it is, else as measured."""
@@ -327,28 +352,38 @@ def attention_mix(module: nn.Module) -> str | None:
     """Where a module's attention weights meet its values (see `BlockLayout.mix`), or None."""
     kind = type(module)
     if kind.__name__ in ATTENTION_OPERATIONS:
-        return ATTENTION_OPERATIONS[kind.__name__]
-    try:
-        source = inspect.getsource(kind.forward)
-    except (OSError, TypeError):
-        return None
-    return "interface" if re.search(r"\battention_interface\(", source) else None
+        config = getattr(module, "config", None)
+        eager = " eager" if getattr(config, "_attn_implementation", None) == "eager" else ""
+        alibi = " alibi" if getattr(config, "alibi", False) else ""
+        names = (f"{kind.__name__}{eager}{alibi}", kind.__name__)
+        return next(ATTENTION_OPERATIONS[name] for name in names if name in ATTENTION_OPERATIONS)
+    if kind not in _CALLS_INTERFACE:
+        try:
+            source = inspect.getsource(kind.forward)
+        except (OSError, TypeError):
+            source = ""
+        _CALLS_INTERFACE[kind] = re.search(r"\battention_interface\(", source) is not None
+    return "interface" if _CALLS_INTERFACE[kind] else None
 
 
-def _read_head(calls: Sequence[Call], last: Call, config: Any, tolerance: float) -> tuple[str, str, float, float, float | None]:
+def _read_head(
+    calls: Sequence[Call], last: Call, config: Any, tolerance: float
+) -> tuple[str, str, float, float, float | None]:
     """Final norm, unembedding, logit scale and cap: logits = cap(scale * W_U N(x))."""
     norms = [c for c in calls if c.start > last.end and c.norm and same(c.x, last.y)]
     if not norms:
-        raise Unreadable("no norm reads the stream after the last block, so bs-values are not defined")
+        raise UnreadableError("no norm reads the stream after the last block, so bs-values are not defined")
     norm = norms[0]
     heads = [c for c in calls if c.start > norm.end and c.linear]
     if not heads or norm.y is None:
-        raise Unreadable("no projection to the vocabulary follows the final norm")
+        raise UnreadableError("no projection to the vocabulary follows the final norm")
     head = heads[-1]
     before = None if head.x is None or head.x.shape != norm.y.shape else solve(head.x, [norm.y], tolerance)
     logits = flatten(calls[-1].y)
     if before is None or head.y is None or logits is None or logits.shape != head.y.shape:
-        raise Unreadable(f"{head.path} does not read the final norm's output: the head is not linear after one norm")
+        raise UnreadableError(
+            f"{head.path} does not read the final norm's output: the head is not linear after one norm"
+        )
     caps = [v for k, v in sorted(vars(config).items()) if "cap" in k and isinstance(v, (int, float)) and v]
     scales = [v for k, v in sorted(vars(config).items()) if "logit" in k and isinstance(v, float) and v]
     options = dict.fromkeys([1.0, *scales, *(1 / s for s in scales)])
@@ -359,5 +394,5 @@ def _read_head(calls: Sequence[Call], last: Call, config: Any, tolerance: float)
                 return norm.path, head.path, before[0], scale, None if cap is None else float(cap)
     measured = solve(logits, [head.y], tolerance)
     if measured is None:
-        raise Unreadable("its logits are no multiple and no known soft-cap of what the unembedding writes")
+        raise UnreadableError("its logits are no multiple and no known soft-cap of what the unembedding writes")
     return norm.path, head.path, before[0], measured[0], None

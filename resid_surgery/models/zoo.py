@@ -238,7 +238,7 @@ _UNBUILDABLE = {
 _ROUTING = ("correction_bias", "expert_bias")
 
 
-class NotBuildable(ResidSurgeryError, ValueError):  # noqa: N818
+class NotBuildableError(ResidSurgeryError, ValueError):
     """A registered type that cannot be built tiny and offline; the message is the one-line reason."""
 
 
@@ -268,10 +268,10 @@ def tiny(
         changes: config fields to set differently; over `SPECS`, which go over `GENERIC`.
 
     Raises:
-        NotBuildable: with the reason in one line.
+        NotBuildableError: with the reason in one line.
     """
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise NotBuildable(f"{model_type!r} is not a causal-LM type that this transformers registers")
+        raise NotBuildableError(f"{model_type!r} is not a causal-LM type that this transformers registers")
     try:
         with torch.random.fork_rng(devices=[]), _quiet():
             torch.default_generator.manual_seed(seed)  # not the other devices', which are not forked
@@ -284,11 +284,11 @@ def tiny(
             if dtype is torch.float64 and model._can_set_experts_implementation():
                 model.set_experts_implementation("eager")  # the default has no kernel for it
             return cast(nn.Module, model)
-    except NotBuildable:
+    except NotBuildableError:
         raise
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
-        raise NotBuildable(f"{model_type}: {type(error).__name__}: {lines[-1].strip()[:200]}") from error
+        raise NotBuildableError(f"{model_type}: {type(error).__name__}: {lines[-1].strip()[:200]}") from error
 
 
 def loud(model: nn.Module) -> None:
@@ -336,7 +336,7 @@ def _settle(model: nn.Module) -> None:
 def _config(model_type: str, changes: dict[str, Any]) -> Any:
     """The tiny config: of the text model itself where a composite type's text model is registered too."""
     if model_type in _UNBUILDABLE:
-        raise NotBuildable(_UNBUILDABLE[model_type])
+        raise NotBuildableError(_UNBUILDABLE[model_type])
     whole = CONFIG_MAPPING[model_type]
     text = type(whole().get_text_config(decoder=True))
     fields = _fields(text, SPECS.get(text.model_type, {}) | SPECS.get(model_type, {}), changes)

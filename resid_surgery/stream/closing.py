@@ -58,7 +58,13 @@ def probe(model: OpenedModel) -> tuple[Recording, Values]:
     ids = tuple(model.probe_ids()[0].tolist())
     target = ids[0]
     bound = BoundPrompt(
-        ids, tuple(f"#{i}" for i in ids), len(ids) - 1, target, (), {target: f"#{target}"}, Prompt(ids=ids, target=target)
+        ids,
+        tuple(f"#{i}" for i in ids),
+        len(ids) - 1,
+        target,
+        (),
+        {target: f"#{target}"},
+        Prompt(ids=ids, target=target),
     )
     values = forward(model, model.probe_ids(), [*record_taps(model), *_proof_taps(model)], at=len(ids) - 1)
     return from_values(model, bound, values, Label(model.known_fingerprint(), model.weights.token), every=False), values

@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from resid_surgery.errors import ClosureError
+from resid_surgery.models.attention import AttentionCall, ExpertsCall
 from resid_surgery.models.opening import OpenedModel
-from resid_surgery.models.tracing import AttentionCall, ExpertsCall, Tap, TapName, Values
+from resid_surgery.models.tracing import Tap, TapName, Values
 
 STREAM: tuple[TapName, ...] = ("block_in", "attn_add", "mlp_add")
-
 
 
 @final

@@ -4,12 +4,11 @@ The stream at t is the sum of the addends of one grain; each grain is a list of 
 later blocks multiply the stream by belongs to them.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, final
+from collections.abc import Callable
+from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from resid_surgery._check import choice
@@ -194,7 +193,9 @@ def sublayer_blocks(rec: Recording, layer: int, part: str, grain: str, times: Te
     }[part]
     if grain not in finer or kind == "opaque":
         site = Sublayer(layer, part)  # type: ignore[arg-type]
-        return [multiplied(stored(part, layer, rec.work(sublayer_vector(rec.layers[layer], part))[None], [site]), times)]
+        return [
+            multiplied(stored(part, layer, rec.work(sublayer_vector(rec.layers[layer], part))[None], [site]), times)
+        ]
     blocks = [finer[grain](rec, layer)]
     biases = bias_vectors(rec, layer, part)
     if biases:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from resid_surgery._check import choice, whole
 from resid_surgery.sites import as_sites
-from resid_surgery.stream.recording import Recording, need_recording
 from resid_surgery.stream.blocks import Block
+from resid_surgery.stream.recording import Recording, need_recording
 from resid_surgery.stream.subvalues import GRAINS, addends, resolve_in, vector_of
 from resid_surgery.stream.vocabulary import Readout, token_names
 

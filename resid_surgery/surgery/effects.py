@@ -30,8 +30,8 @@ from resid_surgery._check import message, whole
 from resid_surgery.errors import InterventionError
 from resid_surgery.models.prompts import token_text
 from resid_surgery.sites import Constant, Resid, Sublayer
-from resid_surgery.stream.recording import Recording, be_recording
 from resid_surgery.stream.blocks import PostMap
+from resid_surgery.stream.recording import Recording, be_recording
 from resid_surgery.stream.tables import bs_columns
 from resid_surgery.stream.vocabulary import Readout
 from resid_surgery.surgery.engine import Change, Run, run_rows

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from resid_surgery.errors import InterventionError
-from resid_surgery.models.tracing import AttentionCall, ExpertsCall, Tap, TapName, Values, forward
+from resid_surgery.models.attention import AttentionCall, ExpertsCall
+from resid_surgery.models.tracing import Tap, TapName, Values, forward
 from resid_surgery.sites import AttnNeuron, ExpertNeuron, Head, HeadSource, Neuron, Resid, SharedNeuron, Site, Sublayer
 from resid_surgery.stream.closing import relative
 from resid_surgery.stream.recording import Recording, closure_tolerance
@@ -123,7 +124,9 @@ class _Batch:
         reads = [Tap("block_in", 0), Tap("block_out", n_layers - 1), Tap("bs"), Tap("logits"), *self.everywhere]
         for layer in range(n_layers):
             row = model.block(layer)
-            reads += [Tap("attn_add", layer)] * (row.attn_kind != "none") + [Tap("mlp_add", layer)] * (row.mlp_kind != "none")
+            reads += [Tap("attn_add", layer)] * (row.attn_kind != "none") + [Tap("mlp_add", layer)] * (
+                row.mlp_kind != "none"
+            )
         operated = {(tap.layer, part) for tap in self.placed if (part := _raw_part(tap))}
         reads += [Tap(f"{part}_raw", layer) for layer, part in operated]  # type: ignore[arg-type]
         for layer, part in operated:
@@ -314,9 +317,9 @@ class _Batch:
                     raise InterventionError(f"{op.origin!r} did not take effect at {op.site}, position {op.position}.")
         for row, run in enumerate(runs):
             reach = self.rec.reach
-            written = [run.attn[i] * reach(i, "attn") for i in range(len(run.attn))]
-            written += [run.mlp[i] * reach(i, "mlp") for i in range(len(run.mlp))]
-            parts = torch.stack([run.embed * reach(0, "pre"), *written, *self._state_changes(row)])
+            added = [run.attn[i] * reach(i, "attn") for i in range(len(run.attn))]
+            added += [run.mlp[i] * reach(i, "mlp") for i in range(len(run.mlp))]
+            parts = torch.stack([run.embed * reach(0, "pre"), *added, *self._state_changes(row)])
             if not relative(parts.sum(0), run.final, parts) <= most:
                 done = ", ".join(dict.fromkeys(repr(op.origin) for op in self.rows[row])) or "the control row"
                 raise InterventionError(
