@@ -13,6 +13,7 @@ _HOMES = {
     ),
     "sites": "Site Neuron ExpertNeuron SharedNeuron Head HeadSource AttnNeuron Sublayer Resid Bias Constant parse_site",
     "models.prompts": "Prompt",
+    "models.zoo": "tiny",
     "models.layout": "BlockLayout Layout",
     "models.opening": "OpenedModel",
     "stream.recording": "Recording record",

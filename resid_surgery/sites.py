@@ -56,7 +56,7 @@ class Sizes(Protocol):
     def n_layers(self) -> int: ...
     @property
     def sizes(self) -> Sequence[OneLayer]: ...
-    def require(self, layer: int, part: str, what: str) -> None: ...
+    def require(self, layer: int, part: str, what: str, *, whole: bool = False) -> None: ...
     def between(self, layer: int) -> bool: ...
 
 
@@ -68,7 +68,8 @@ class Site:
         for field in fields(self):
             value = getattr(self, field.name)
             optional = field.name in ("source", "expert") and field.default is None
-            if field.name in ("part", "stage", "name") or (optional and value in (None, "shared")):
+            shared = field.name == "expert" and isinstance(value, str) and value == "shared"
+            if field.name in ("part", "stage", "name") or (optional and (value is None or shared)):
                 continue
             span = (-LARGEST, LARGEST) if field.name == "layer" else (0, None)
             object.__setattr__(self, field.name, whole(field.name, value, *span, error=SiteError))
@@ -109,9 +110,10 @@ class Neuron(Site):
     def _exists(self, sizes: Sizes, layer: int) -> None:
         sizes.require(layer, "mlp", str(self))
         if sizes.sizes[layer].n_experts:
+            shared = f", or L{layer}.shared.N{self.index} for its shared expert" if sizes.sizes[layer].d_mlp else ""
             raise SiteError(
                 f"`{self}` does not say which expert: layer {layer} of {sizes.name} is a mixture of experts. Write "
-                f"L{layer}.E0.N{self.index}, or L{layer}.shared.N{self.index} for its shared expert."
+                f"L{layer}.E0.N{self.index}{shared}."
             )
 
     def _limits(self, one: OneLayer) -> list[tuple[str, int, str]]:
@@ -232,6 +234,9 @@ class Sublayer(Site):
     def __str__(self) -> str:
         return f"L{self.layer}.{self.part}"
 
+    def _exists(self, sizes: Sizes, layer: int) -> None:
+        sizes.require(layer, self.part, str(self), whole=True)
+
 
 @final
 @dataclass(frozen=True)
@@ -268,11 +273,23 @@ class Bias(Site):
     def __post_init__(self) -> None:
         super().__post_init__()
         choice("part", self.part, ("attn", "mlp"), error=SiteError)
+        if self.expert is not None and self.part != "mlp":
+            raise SiteError(message("expert", "None for attention, which has no experts", self.expert))
 
     def __str__(self) -> str:
         if self.expert is not None:
             return f"L{self.layer}.{'shared' if self.expert == 'shared' else f'E{self.expert}'}.bias"
         return f"L{self.layer}.{self.part}.bias"
+
+    def _exists(self, sizes: Sizes, layer: int) -> None:
+        sizes.require(layer, self.part, str(self), whole=True)
+        one = sizes.sizes[layer]
+        if self.expert is not None and not (one.n_experts and (self.expert != "shared" or one.d_mlp)):
+            kind = "shared expert" if self.expert == "shared" else "experts"
+            raise SiteError(f"`{self}` does not exist for {sizes.name}: layer {layer} has no {kind}.")
+
+    def _limits(self, one: OneLayer) -> list[tuple[str, int, str]]:
+        return [("expert", one.n_experts, "experts")] if isinstance(self.expert, int) else []
 
 
 @final

@@ -7,9 +7,29 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, VOCAB, shared
 
 import resid_surgery as rs
+from resid_surgery.sites import CONSTANTS, Site
+from resid_surgery.stream.subvalues import neuron_site
 
 families = st.sampled_from(FAMILIES)
 dtypes = st.sampled_from([torch.float64, torch.float32])
+
+layers = st.integers(-(10**6), 10**6)
+indices = st.integers(0, 10**6)
+
+# Any site of each class, of no model in particular.
+SITES: dict[str, st.SearchStrategy[Site]] = {
+    "Neuron": st.builds(rs.Neuron, layers, indices),
+    "ExpertNeuron": st.builds(rs.ExpertNeuron, layers, indices, indices),
+    "SharedNeuron": st.builds(rs.SharedNeuron, layers, indices),
+    "Head": st.builds(rs.Head, layers, indices),
+    "HeadSource": st.builds(rs.HeadSource, layers, indices, indices),
+    "AttnNeuron": st.builds(rs.AttnNeuron, layers, indices, indices, st.none() | indices),
+    "Sublayer": st.builds(rs.Sublayer, layers, st.sampled_from(["attn", "mlp"])),
+    "Resid": st.builds(rs.Resid, layers, st.sampled_from(["pre", "mid", "post"])),
+    "Bias": st.builds(rs.Bias, layers, st.sampled_from(["attn", "mlp"]))
+    | st.builds(rs.Bias, layers, st.just("mlp"), st.just("shared") | indices),
+    "Constant": st.builds(rs.Constant, st.sampled_from(CONSTANTS)),
+}
 
 
 @st.composite
@@ -30,20 +50,21 @@ def recordings(draw: Any, *, dtype: torch.dtype = torch.float64, length: int | N
 def sites(draw: Any, rec: rs.Recording, *, last: int | None = None) -> rs.Site:
     """Any site that can be operated on at positions up to `last`."""
     a, t = rec.model.anatomy, rec.prompt.position if last is None else last
-    layer, head = draw(st.integers(0, a.n_layers - 1)), draw(st.integers(0, a.n_heads - 1))
-    source, index = draw(st.integers(0, t)), draw(st.integers(0, a.d_head - 1))
-    stages = ["pre", "post"] if a.parallel else ["pre", "mid", "post"]
-    return draw(
-        st.sampled_from(
-            [
-                rs.Neuron(layer, draw(st.integers(0, a.d_mlp - 1))),
-                rs.Head(layer, head),
-                rs.HeadSource(layer, head, source),
-                rs.AttnNeuron(layer, head, index),
-                rs.AttnNeuron(layer, head, index, source),
-                rs.Sublayer(layer, draw(st.sampled_from(["attn", "mlp"]))),
-                rs.Resid(layer, draw(st.sampled_from(stages))),
-                rs.Constant("embed"),
-            ]
-        )
-    )
+    layer = draw(st.integers(0, a.n_layers - 1))
+    size, row = a.sizes[layer], a.block(layer)
+    writers = [part for part, kind in (("attn", row.attn_kind), ("mlp", row.mlp_kind)) if kind != "none"]
+    stages = ["pre", "mid", "post"] if a.between(layer) else ["pre", "post"]
+    options = [
+        rs.Sublayer(layer, draw(st.sampled_from(writers))),
+        rs.Resid(layer, draw(st.sampled_from(stages))),
+        rs.Constant("embed"),
+    ]
+    if groups := rec.layers[layer].groups:  # a dense MLP is one; a mixture has its routed and shared experts
+        group = draw(st.sampled_from(groups))
+        options.append(neuron_site(layer, group.expert, draw(st.integers(0, len(group.coefficient) - 1))))
+    if row.attn_kind == "attention":
+        head, source = draw(st.integers(0, size.n_heads - 1)), draw(st.integers(0, t))
+        index = draw(st.integers(0, size.d_head - 1))
+        options += [rs.Head(layer, head), rs.HeadSource(layer, head, source), rs.AttnNeuron(layer, head, index),
+                    rs.AttnNeuron(layer, head, index, source)]  # fmt: skip
+    return draw(st.sampled_from(options))

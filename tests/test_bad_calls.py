@@ -22,11 +22,12 @@ from resid_surgery.errors import (
     UnsupportedModelError,
 )
 from resid_surgery.evidence import check as checking
+from resid_surgery.models import settling, wiring, zoo
 from resid_surgery.stream import closing, knowing, recording
 from resid_surgery.surgery import engine
 
 IDS = (5, 6, 7, 8)
-WHO_RUNS_FORWARDS = (recording, closing, knowing, engine, checking)
+WHO_RUNS_FORWARDS = (wiring, settling, recording, closing, knowing, engine, checking)
 
 
 def prompt(ids: Any = IDS, target: Any = 9, **fields: Any) -> rs.Prompt:
@@ -46,6 +47,9 @@ class Bench:
     short: Any
     other: Any  # a recording of another opened model
     parallel: Any
+    mixture: Any  # four experts a layer, two of them active
+    idle: int  # an expert of its layer 0 that is not
+    hybrid: Any  # one writer a layer: a state space, experts, attention, an MLP
     vector: torch.Tensor
 
 
@@ -53,6 +57,7 @@ class Bench:
 def bench() -> Bench:
     module = tiny.build("llama")
     model, other = rs.load(module), rs.load(tiny.build("llama", seed=1))
+    mixture = rs.record(rs.load(zoo.tiny("mixtral", dtype=torch.float64)), prompt())
     return Bench(
         module=module,
         model=model,
@@ -62,6 +67,9 @@ def bench() -> Bench:
         short=rs.record(model, prompt(ids=[5, 6])),
         other=rs.record(other, prompt()),
         parallel=rs.record(tiny.shared("gpt_neox"), prompt()),
+        mixture=mixture,
+        idle=min({0, 1, 2, 3} - {group.expert for group in mixture.layers[0].groups}),
+        hybrid=rs.record(rs.load(zoo.tiny("nemotron_h", dtype=torch.float64)), prompt()),
         vector=torch.ones(24),
     )
 
@@ -71,13 +79,14 @@ def forwards(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the modules that ran a forward."""
     ran: list[str] = []
     for module in WHO_RUNS_FORWARDS:
-        real = module.forward
+        name = "watch" if module is wiring else "forward"
+        real = getattr(module, name)
 
         def counted(*args: Any, _real: Any = real, _name: str = module.__name__, **kwargs: Any) -> Any:
             ran.append(_name)
             return _real(*args, **kwargs)
 
-        monkeypatch.setattr(module, "forward", counted)
+        monkeypatch.setattr(module, name, counted)
     return ran
 
 
@@ -111,6 +120,16 @@ bad("load an object elsewhere", lambda b: rs.load(b.module, device="cpu"), Argum
 bad("load an object as float32", lambda b: rs.load(b.module, dtype="float32"), ArgumentError, "must be left out")
 bad("load as int8", lambda b: rs.load("./x", dtype="int8"), ArgumentError, "`dtype` must be one of float64, .*'int8'")
 bad("load as float61", lambda b: rs.load(b.module, dtype="float61"), ArgumentError, r"Did you mean 'float64'\?")
+bad("load by a family's name", lambda b: rs.load(b.module, anatomy="llama"), ArgumentError,
+    r"`anatomy` must be a resid_surgery.Layout; got 'llama'")  # fmt: skip
+bad("a layout of no blocks", lambda b: rs.Layout(blocks="b", final_norm="n", unembed="u", block=[]), ArgumentError,
+    "`block` must be a BlockLayout, or one a layer; got ")  # fmt: skip
+bad("a block without its W_O", lambda b: rs.BlockLayout(attn="a", mlp_out="c"), ArgumentError,
+    "`attn_out` must be a module path inside the block for this kind; got None")  # fmt: skip
+bad("a block of nerons", lambda b: rs.BlockLayout(attn="a", attn_out="b", mlp_kind="neuron"), ArgumentError,
+    r"`mlp_kind` must be one of neurons, experts, opaque, none; got 'neuron'. Did you mean 'neurons'\?")  # fmt: skip
+bad("a block that mixes anyhow", lambda b: rs.BlockLayout(attn="a", attn_out="b", mlp_out="c", mix="anyhow"),
+    ArgumentError, "`mix` must be 'interface' or one of 'weights:...', .*; got 'anyhow'")  # fmt: skip
 bad("load with a tokenizer's name", lambda b: rs.load(b.module, tokenizer="gpt2"), ArgumentError, "`tokenizer` must be")
 
 # record
@@ -149,7 +168,18 @@ bad("predictions top 1.5", lambda b: rs.predictions(b.rec, top=1.5), ArgumentErr
 bad("spectrum of text", lambda b: rs.spectrum("rec", "L0.N0"), ArgumentError, NO_RECORDING)
 bad("spectrum of L3", lambda b: rs.spectrum(b.rec, "L3.N0"), SiteError, THREE_LAYERS)
 bad("spectrum of N40", lambda b: rs.spectrum(b.rec, "L0.N40"), SiteError,
-    r"`index` must be in 0..39 for LlamaForCausalLM \(40 neurons a layer\); got 40")  # fmt: skip
+    r"`index` must be in 0..39 for LlamaForCausalLM \(40 neurons in layer 0\); got 40")  # fmt: skip
+bad("spectrum of an expert that is not", lambda b: rs.spectrum(b.rec, "L0.E0.N1"), SiteError,
+    "`L0.E0.N1` does not exist for LlamaForCausalLM: layer 0 has no experts")  # fmt: skip
+bad("spectrum of a shared expert that is not", lambda b: rs.spectrum(b.rec, "L0.shared.N1"), SiteError,
+    "`L0.shared.N1` does not exist for LlamaForCausalLM: layer 0 has no shared expert")  # fmt: skip
+bad("spectrum without an expert", lambda b: rs.spectrum(b.mixture, "L0.N1"), SiteError,
+    r"`L0.N1` does not say which expert: .*Write L0\.E0\.N1")  # fmt: skip
+bad("spectrum of E4", lambda b: rs.spectrum(b.mixture, "L0.E4.N1"), SiteError, r"`expert` must be in 0..3 .* got 4")
+bad("spectrum of an idle expert", lambda b: rs.spectrum(b.mixture, f"L0.E{b.idle}.N1"), SiteError,
+    r"`L0.E\d.N1` is not active: layer 0 of .* routed position 3 to experts \[\d, \d\]. Pick one of them")  # fmt: skip
+bad("spectrum of a head of a state space", lambda b: rs.spectrum(b.hybrid, "L0.H0"), SiteError,
+    r"layer 0's mixer is no softmax attention, .* Use L0\.attn")  # fmt: skip
 bad("spectrum of H4", lambda b: rs.spectrum(b.rec, "L0.H4"), SiteError, "`head` must be in 0..3 .* got 4")
 bad("spectrum of D6", lambda b: rs.spectrum(b.rec, "L0.H0.D6"), SiteError, "`index` must be in 0..5 .* got 6")
 bad("spectrum of a far source", lambda b: rs.spectrum(b.early, "L0.H0<2"), SiteError,
@@ -171,6 +201,9 @@ bad("scores under frosen", lambda b: rs.scores(b.rec, norm="frosen"), ArgumentEr
 bad("scores of layer 3", lambda b: rs.scores(b.rec, layers=3), ArgumentError,
     "`layers` must be a whole number in -3..2 for LlamaForCausalLM; got 3. Count from the end with -1.")  # fmt: skip
 bad("scores of layer -4", lambda b: rs.scores(b.rec, layers=[0, -4]), ArgumentError, "`layers` must be .* got -4")
+bad("scores of heads where none are", lambda b: rs.scores(b.hybrid, kind="head", layers=1), SiteError,
+    "`head` does not exist for .*: layer 1 has no attn writer")  # fmt: skip
+bad("scores of neurons where none are", lambda b: rs.scores(b.hybrid, layers=[0, 2]), SiteError, "has no mlp writer")
 bad("scores of no layers", lambda b: rs.scores(b.rec, layers=[]), ArgumentError, "at least one layer .* None means all")
 bad(
     "scores of layers in text", lambda b: rs.scores(b.rec, layers="01"), ArgumentError, "`layers` must be None, a layer"
@@ -216,6 +249,11 @@ bad(
     "`reader` must be a neuron .*; got L0.attn",
 )
 bad("sources of L3", lambda b: rs.sources(b.rec, "L3.N0"), SiteError, THREE_LAYERS)
+bad("sources of an idle expert", lambda b: rs.sources(b.mixture, f"L0.E{b.idle}.N1"), SiteError, "is not active")
+bad("sources without an expert", lambda b: rs.sources(b.mixture, "L0.N1"), SiteError, "does not say which expert")
+bad("sources where no neuron is", lambda b: rs.sources(b.hybrid, "L0.N1"), SiteError, "layer 0 has no mlp writer")
+bad("sources by a router", lambda b: rs.sources(b.rec, "L0.N0", router="live"), ArgumentError,
+    "`router` must be one of fixed, recomputed; got 'live'")  # fmt: skip
 bad("sources of none", lambda b: rs.sources(b.rec, []), SiteError, "`sites` must be at least one site")
 bad("sources by layers", lambda b: rs.sources(b.rec, "L0.N0", grain="layers"), ArgumentError, GRAINS + r".*'layer'\?")
 bad("sources under an own norm", lambda b: rs.sources(b.rec, "L0.N0", norm="own"), ArgumentError,
@@ -282,7 +320,14 @@ bad("zero a far source", on(lambda b: rs.Zero("L0.H0<4")), SiteError, "reads sou
 bad("zero a later source", on(lambda b: rs.Zero("L0.H0<2", positions=1)), SiteError,
     "`L0.H0<2` has no source 2 at position 1: attention is causal")  # fmt: skip
 bad("zero a parallel mid", lambda b: rs.intervene(b.parallel, rs.Zero("L1.resid_mid")), SiteError,
-    "`L1.resid_mid` does not exist for .* blocks are parallel .* Use resid_pre or resid_post")  # fmt: skip
+    "`L1.resid_mid` does not exist for .* layer 1 is parallel .* Use resid_pre or resid_post")  # fmt: skip
+bad("zero the mid of one writer", lambda b: rs.intervene(b.hybrid, rs.Zero("L1.resid_mid")), SiteError,
+    "`L1.resid_mid` does not exist for .* layer 1 .* has one writer only, .* Use resid_pre or resid_post")  # fmt: skip
+bad("zero a writer that is not", lambda b: rs.intervene(b.hybrid, rs.Zero("L0.mlp")), SiteError,
+    "`L0.mlp` does not exist for .*: layer 0 has no mlp writer")  # fmt: skip
+bad("zero an idle expert", lambda b: rs.intervene(b.mixture, rs.Zero(f"L0.E{b.idle}.N1")), SiteError, "is not active")
+bad("zero an expert's bias", lambda b: rs.Zero("L0.E0.bias"), SiteError, "is a constant of the weights; operate on its")
+bad("scale without an expert", lambda b: rs.intervene(b.mixture, rs.Scale("L0.N1", 2.0)), SiteError, "which expert")
 bad("zero at 4", on(lambda b: rs.Zero("L0.mlp", positions=4)), PromptError, r"`positions` must be .* -4..3; got 4")
 bad("zero at -5", on(lambda b: rs.Zero("L0.mlp", positions=[0, -5])), PromptError, r"`positions` must be .* got -5")
 bad("zero at no token", on(lambda b: rs.Zero("L0.mlp", positions="Rome")), PromptError,
@@ -336,7 +381,11 @@ bad("rows a late bad one", lambda b: rs.intervene_each(b.rec, [rs.Zero("L0.N0"),
     THREE_LAYERS)  # fmt: skip
 bad("rows of text", lambda b: rs.intervene_each("rec", [rs.Zero("L0.N0")]), ArgumentError, NO_RECORDING)
 
-# facts, check, operate, plot_stream
+# facts, check, check_families, operate, plot_stream
+bad(
+    "families of lama", lambda b: rs.check_families(["lama"]), ArgumentError, "`types` must be causal-LM types .*'lama'"
+)
+bad("families in int8", lambda b: rs.check_families(["llama"], dtype="int8"), ArgumentError, "`dtype` must be one of")
 bad("facts of captial", lambda b: rs.facts("captial"), PromptError, r"`kind` must be one of .*Did you mean 'capital'\?")
 bad("facts of None", lambda b: rs.facts(None), PromptError, "`kind` must be one of language, .* got None")
 bad("facts top 0", lambda b: rs.facts("month", model=b.model, top=0), ArgumentError, "`top` must be .* >= 1; got 0")
@@ -393,6 +442,8 @@ def test_good_calls_are_seen_to_run_forwards(bench: Bench, forwards: list[str], 
     """The counter that the table relies on counts in every module."""
     model = rs.load(tiny.build("llama"), tokenizer=word_tokenizer())
     runs: dict[Any, Callable[[], object]] = {
+        wiring: lambda: rs.load(tiny.build("llama")),
+        settling: lambda: rs.load(tiny.build("llama")),
         recording: lambda: rs.record(bench.model, prompt()),
         closing: lambda: rs.load(tiny.build("llama")),
         knowing: lambda: knowing._known(model, [rs.record(model, prompt()).prompt], torch.tensor([9, 10]), 5),

@@ -27,8 +27,7 @@ COMMANDS = {
                "--dtype", "--device"},
     "sources": {"--target", "--versus", "--model", "--reader", "--grain", "--norm", "--top", "--rows", "--json",
                 "--dtype", "--device"},
-    "check": {"--json", "--dtype", "--device"},
-    "families": set(),
+    "check": {"--all-families", "--family", "--markdown", "--json", "--dtype", "--device"},
 }  # fmt: skip
 TABLES = (
     "columns",
@@ -339,7 +338,7 @@ def test_sources_prints_the_shares_of_given_or_of_the_best_neurons(cli: Cli, ask
 def test_check_prints_every_line_and_the_anatomy(cli: Cli, model: Path) -> None:
     done = cli("check", model)
     assert (done.code, done.err) == (0, "")
-    assert done.out.startswith("model: tiny-llama\nfamily: llama (by type)\nlayers: 3\n")
+    assert done.out.startswith("model: tiny-llama\nfamily: llama (read off one forward)\nlayers: 3 attention\n")
     body = cli("check", model, "--json").json()
     assert set(body) == {"schema", "anatomy", "rows"}
     assert body["anatomy"]["heads"] == "4 over 2 KV, d_head 6"
@@ -353,7 +352,7 @@ def test_check_leaves_with_1_when_a_line_does_not_hold(cli: Cli, model: Path, mo
     real = rs.check
 
     def one_fails(opened: Any) -> pd.DataFrame:
-        table = real(opened)
+        table: pd.DataFrame = real(opened)
         table.loc[3, "ok"] = False
         return table
 
@@ -369,14 +368,76 @@ def test_a_dtype_is_passed_on(cli: Cli, model: Path, dtype: str) -> None:
     assert {row["dtype"] for row in body["rows"]} == {dtype}
 
 
-def test_families_prints_a_markdown_table_of_the_five_families(cli: Cli) -> None:
-    done = cli("families")
+TYPES = ("llama", "qwen3_next", "mamba", "musicgen")
+STATUSES = {"llama": "verified", "qwen3_next": "hybrid", "mamba": "refused", "musicgen": "not buildable"}
+ASKED_TYPES = [word for one in TYPES for word in ("--family", one)]
+
+
+@pytest.fixture(scope="module")
+def families() -> pd.DataFrame:
+    """What the library says of one type of each status."""
+    table: pd.DataFrame = rs.check_families(TYPES)
+    return table
+
+
+def test_check_prints_a_markdown_table_of_the_families_asked_for(cli: Cli, families: pd.DataFrame) -> None:
+    done = cli("check", *ASKED_TYPES, "--markdown")
     assert (done.code, done.err) == (0, "")
-    head, rule, *rows = done.out.strip().splitlines()
-    assert head.split("|")[1].strip() == "family"
+    counts, empty, head, rule, *rows = done.out.strip().splitlines()
+    assert counts == "1 verified, 1 hybrid, 1 refused, 1 not buildable of 4 types."
+    assert empty == ""
+    assert [cell.strip() for cell in head.split("|")] == ["", "type", "status", "particulars, or reason", ""]
     assert set(rule) == set("|-")
-    assert [row.split("|")[1].strip() for row in rows] == ["llama", "gpt2", "opt", "gpt_neox", "gemma2"]
+    assert [tuple(cell.strip() for cell in row.split("|")[1:3]) for row in rows] == list(STATUSES.items())
     assert {line.count("|") for line in (head, rule, *rows)} == {head.count("|")}
+    for row, said in zip(rows, families["features"] + families["reason"], strict=True):
+        assert row.split("|")[3].strip() == said
+
+
+def test_check_gives_what_the_library_measures_on_families(cli: Cli, families: pd.DataFrame) -> None:
+    assert dict(zip(families["type"], families["status"], strict=True)) == STATUSES
+    done = cli("check", *ASKED_TYPES, "--json")
+    assert (done.code, done.err) == (0, "")
+    assert set(done.json()) == {"schema", "rows"}
+    same(pd.DataFrame(done.json()["rows"]).drop(columns="seconds"), families.drop(columns="seconds"))
+    shown = cli("check", *ASKED_TYPES, "--dtype", "float64").out
+    assert shown.startswith("4 types in float64: ")
+    for status in STATUSES.values():
+        assert f"1 {status}" in shown.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "types", "dtype"),
+    [
+        (["--all-families"], None, "float32"),
+        (["--all-families", "--dtype", "bfloat16"], None, "bfloat16"),
+        (["--family", "llama", "--family", "opt"], ["llama", "opt"], "float32"),
+    ],
+    ids=str,
+)
+def test_check_leaves_with_1_when_a_family_is_wrong(
+    cli: Cli,
+    families: pd.DataFrame,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    types: list[str] | None,
+    dtype: str,
+) -> None:
+    asked_for: list[Any] = []
+
+    def check_families(types: Any = None, *, dtype: str, each: Callable[[str], Any]) -> pd.DataFrame:
+        asked_for.append((types, dtype))
+        each("llama")
+        return families.assign(status=["wrong", *families["status"][1:]]) if wrong else families
+
+    monkeypatch.setattr(rs, "check_families", check_families)
+    for wrong in (False, True):
+        assert cli("check", *options).code == int(wrong)
+        assert cli("check", *options, "--markdown").code == int(wrong)
+        done = cli("check", *options, "--json")
+        assert done.code == int(wrong)
+        assert (done.json()["rows"][0]["status"] == "wrong") is wrong
+    assert asked_for == [(types, dtype)] * 6
 
 
 # --- what cannot be done ------------------------------------------------------------------------
@@ -393,7 +454,14 @@ BAD_ARGUMENTS = {
     "rows is -1": (["decompose", TEXT, "--target", " Paris", "--rows", "-1"], "--rows"),
     "top is 0": (["sources", TEXT, "--target", " Paris", "--top", "0"], "--top"),
     "a layer is a word": (["locate", TEXT, "--target", " Paris", "--layer", "last"], "--layer"),
-    "an argument too many": (["families", "llama"], "llama"),
+    "an argument too many": (["check", "smollm2-135m", "llama"], "llama"),
+    "a command that there was": (["families"], "families"),
+    "a family without its value": (["check", "--family"], "--family"),
+    "a model and a family": (["check", "smollm2-135m", "--family", "llama"], "`MODEL` and `--device` do not go with"),
+    "a model and all families": (["check", "smollm2-135m", "--all-families"], "--all-families"),
+    "a device and a family": (["check", "--family", "llama", "--device", "cpu"], "`MODEL` and `--device` do not go"),
+    "a family that there is not": (["check", "--family", "lama"], "'lama'"),
+    "a dtype of families": (["check", "--family", "llama", "--dtype", "int8"], "`dtype` must be one of float32"),
 }
 
 
@@ -413,7 +481,11 @@ BAD_VALUES = {
     "k of operate": (["operate", "-k", "121"], "`k` must be a whole number in 1..120 for tiny-llama; got 121."),
     "reader out of range": (["sources", "-r", "L3.N0"], "`layer` must be in 0..2 for tiny-llama (3 layers); got 3."),
     "reader of nonsense": (["sources", "-r", "banana"], "`site` must be a site such as L20.N1297"),
-    "reader that is no neuron": (["sources", "-r", "L0.attn"], "`reader` must be a neuron such as L20.N1297; got"),
+    "reader that is no neuron": (
+        ["sources", "-r", "L0.attn"],
+        "`reader` must be a neuron such as L20.N1297 or L3.E5.N17; got L0.attn.",
+    ),
+    "reader of no expert": (["sources", "-r", "L0.E0.N1"], "`L0.E0.N1` does not exist for tiny-llama: .* no experts."),
     "dtype": (["decompose", "--dtype", "int8"], "`dtype` must be one of float64, float32, bfloat16, float16; got"),
     "device": (["decompose", "--device", "nonsense"], "`device` must be a torch device such as 'cpu' or 'cuda'; got"),
 }

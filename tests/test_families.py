@@ -4,14 +4,16 @@ The whole zoo is loaded and checked here (a minute); for a representative few of
 an intervention does is compared with plain PyTorch hooks that share nothing with the library.
 """
 
+import importlib.util
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import T5Config, T5ForConditionalGeneration
 
 import resid_surgery as rs
 from resid_surgery.evidence.families import STATUSES, families_markdown, features_of, try_family
@@ -27,18 +29,18 @@ helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder j
 mellum mimo_v2_flash minicpm3 minimax_m2 ministral ministral3 mistral mixtral moshi moss_transcribe_diarize
 mpt nanochat nemotron olmo olmo2 olmo3 olmoe opt persimmon phi phi3 phi4_multimodal phimoe qwen2 qwen2_moe
 qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm youtu
-""".split()
+""".split()  # noqa: SIM905
 HYBRIDS = """
 bailing_hybrid bamba granitemoehybrid jamba kimi_linear lfm2 lfm2_moe lfm3 nemotron_h olmo_hybrid qwen3_5
 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma
-""".split()
+""".split()  # noqa: SIM905
 MIXTURES = """
 afmoe aria_text bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 dots3_note
 dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe
 granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 jamba kimi_linear kolibri1 laguna
 lfm2_moe mellum mimo_v2_flash minimax_m2 mixtral nemotron_h olmoe phimoe qwen2_moe qwen3_5_moe
 qwen3_5_moe_text qwen3_moe qwen3_next solar_open
-""".split()
+""".split()  # noqa: SIM905
 NOT_BUILDABLE = {
     "no forward pass of its own": ["gemma4_assistant", "gemma4_unified_assistant"],
     "the decoder's own": ["musicgen", "musicgen_melody"],
@@ -66,8 +68,8 @@ REFUSED = {
 }  # fmt: skip
 # One for each way in which naive code goes wrong; float64, bfloat16, float16 and sdpa are tried on these.
 FEW = ("afmoe", "beam", "bitnet", "bloom", "cohere", "deepseek_v3", "diffllama", "doge", "exaone4", "falcon", "gemma3",
-       "gemma4", "gpt_oss", "granitemoeshared", "gptj", "minicpm3", "mixtral", "nemotron_h", "olmo2", "phi3", "qwen2_moe",
-       "qwen3_next", "stablelm")  # fmt: skip
+       "gemma4", "gpt_oss", "granitemoeshared", "gptj", "minicpm3", "mixtral", "nemotron_h", "olmo2", "phi3",
+       "qwen2_moe", "qwen3_next", "stablelm")  # fmt: skip
 
 
 @cache
@@ -288,7 +290,7 @@ def test_zeroing_a_shared_experts_neuron_equals_a_plain_hook(model_type):
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "qwen2_moe", "nemotron_h"])
 def test_patching_and_scaling_an_experts_neuron_is_linear_in_its_coefficient(model_type):
-    model, rec = opened(model_type)
+    _, rec = opened(model_type)
     layer = max(i for i, one in enumerate(rec.layers) if any(isinstance(g.expert, int) for g in one.groups))
     group = next(g for g in rec.layers[layer].groups if isinstance(g.expert, int))
     site = rs.ExpertNeuron(layer, group.expert, int(group.coefficient.abs().argmax()))
@@ -403,66 +405,44 @@ def test_a_layout_given_by_the_user_passes_the_same_proof_or_is_refused():
                                           block=[block] * 3))  # fmt: skip
 
 
-class PrivateConfig(PreTrainedConfig):
-    model_type = "private"
-    hidden_size, vocab_size, max_position_embeddings = 12, 31, 32
+def test_weights_that_are_no_plain_numbers_are_refused_before_any_forward(monkeypatch):
+    eight_bit = tiny("llama")
+    weight = eight_bit.model.layers[1].mlp.up_proj.weight
+    eight_bit.model.layers[1].mlp.up_proj.weight = nn.Parameter(weight.detach().to(torch.int8), requires_grad=False)
+    packed = tiny("llama")
+    packed.model.layers[0].mlp.up_proj.register_buffer("qweight", torch.zeros(3, 4, dtype=torch.int32))
+    for module in (eight_bit, packed):
+        monkeypatch.setattr(type(module), "forward", None)
+        with pytest.raises(rs.UnsupportedModelError, match=r"not as plain floating-point numbers.*de-quantised"):
+            rs.load(module)
 
 
-class PrivateAttending(nn.Module):
-    """Attention written out, under names of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.three, self.back = nn.Linear(12, 36), nn.Linear(12, 12)
-
-    def forward(self, x):
-        q, k, v = self.three(x).unflatten(-1, (3, 2, 6)).permute(2, 0, 3, 1, 4)
-        scores = torch.matmul(q, k.transpose(-1, -2)) / 2
-        seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
-        alpha = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        mixed = torch.matmul(alpha, v)
-        return self.back(mixed.transpose(1, 2).flatten(2))
+def test_an_encoder_decoder_is_refused_as_one():
+    config = T5Config(d_model=12, d_kv=6, d_ff=20, num_layers=2, num_heads=2, vocab_size=31)
+    with pytest.raises(rs.UnsupportedModelError, match="is an encoder-decoder"):
+        rs.load(T5ForConditionalGeneration(config))
 
 
-class PrivateLayer(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.look, self.second = nn.LayerNorm(12), PrivateAttending(), nn.LayerNorm(12)
-        self.wide, self.kink, self.narrow = nn.Linear(12, 20), nn.SiLU(), nn.Linear(20, 12)
-
-    def forward(self, x):
-        x = x + 0.7 * self.look(self.first(x))
-        return x + self.narrow(self.kink(self.wide(self.second(x))))
+def test_a_third_writer_is_refused():
+    with pytest.raises(rs.UnsupportedModelError, match="in layer 0"):
+        rs.load(tiny("gemma4_text", hidden_size_per_layer_input=8))
 
 
-class Private(PreTrainedModel):
-    config_class = PrivateConfig
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.words, self.pile = nn.Embedding(31, 12), nn.ModuleList([PrivateLayer(), PrivateLayer()])
-        self.finish, self.say = nn.LayerNorm(12), nn.Linear(12, 31, bias=False)
-        self.post_init()
-
-    def get_input_embeddings(self):
-        return self.words
-
-    def forward(self, input_ids, use_cache=None):
-        x = self.words(input_ids)
-        for one in self.pile:
-            x = one(x)
-        return CausalLMOutput(logits=self.say(self.finish(x)))
+def private():
+    path = Path(__file__).parent.parent / "recipes" / "03_a_private_architecture.py"
+    spec = importlib.util.spec_from_file_location("private_architecture", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_a_private_architecture_is_read_by_a_row_of_the_users():
-    module = Private(PrivateConfig()).eval()
+    recipe = private()
+    module = recipe.Private(recipe.Config()).eval()
     loud(module)
     with pytest.raises(rs.UnsupportedModelError, match="anatomy=Layout"):
         rs.load(module)
-    block = rs.BlockLayout(attn="look", attn_out="look.back", attn_norm="first", mix="product:torch_matmul_1",
-                           attn_scale=0.7, mlp="", mlp_out="narrow", mlp_norm="second", keys=("wide",),
-                           activation="kink")  # fmt: skip
-    row = rs.Layout(blocks="pile", final_norm="finish", unembed="say", block=block, family="private")
+    row, block = recipe.ROW, recipe.BLOCK
     model = rs.load(module, anatomy=row)
     table = rs.check(model)
     assert table["ok"].all()
@@ -472,6 +452,11 @@ def test_a_private_architecture_is_read_by_a_row_of_the_users():
         rs.load(module, anatomy=replace(row, block=replace(block, attn_scale=1.0)))
     with pytest.raises(rs.UnsupportedModelError, match="without torch_matmul_7"):
         rs.load(module, anatomy=replace(row, block=replace(block, mix="product:torch_matmul_7")))
+
+
+def test_the_readmes_table_is_the_commands_output():
+    table = pd.DataFrame([vars(tried(t)) for t in causal_types()])
+    assert families_markdown(table) in (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_features_and_the_table():

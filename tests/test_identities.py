@@ -12,9 +12,10 @@ from tiny import FAMILIES, VOCAB, build, shared
 
 import resid_surgery as rs
 from resid_surgery.attribution.scores import States, logsumexp_
+from resid_surgery.stream.blocks import sum_of
 from resid_surgery.stream.closing import closures, probe
 from resid_surgery.stream.recording import closure_tolerance
-from resid_surgery.stream.subvalues import GRAINS, addends, sum_of, vector_of
+from resid_surgery.stream.subvalues import GRAINS, addends, vector_of
 from resid_surgery.stream.vocabulary import Readout
 
 EXACT = {"gpt2", "opt", "gpt_neox"}  # norms that transformers does not compute in float32
@@ -69,9 +70,13 @@ def test_layer_outputs_equal_what_plain_hooks_see(family, prompt):
         assert layer.resid_pre.tolist() == pytest.approx(seen.pre[i], abs=1e-9)
         assert layer.attn_out.tolist() == pytest.approx(seen.attn[i], abs=1e-9)
         assert layer.mlp_out.tolist() == pytest.approx(seen.mlp[i], abs=1e-9)
-        assert layer.coefficient.tolist() == pytest.approx(seen.coefficient[i], abs=1e-9)
-        assert layer.alpha.flatten().tolist() == pytest.approx([a for head in seen.alpha[i] for a in head], abs=1e-6)
-        assert [p.tolist() for p in layer.pre_activations] == [
+        (neurons,) = layer.groups
+        assert (neurons.expert, neurons.factor) == (None, 1.0)
+        assert neurons.coefficient.tolist() == pytest.approx(seen.coefficient[i], abs=1e-9)
+        alpha = layer.attention.alpha
+        assert alpha.flatten().tolist() == pytest.approx([a for head in seen.alpha[i] for a in head], abs=1e-6)
+        assert layer.attention.gate is None
+        assert [p.tolist() for p in neurons.pre_activations] == [
             pytest.approx(p, abs=1e-9) for p in seen.pre_activations[i]
         ]
     assert rec.logits.tolist() == pytest.approx(seen.logits, abs=1e-9)
@@ -196,8 +201,62 @@ def test_a_wrong_addend_is_caught(family):
     rec.layers[1].attn_out.mul_(1.5)
     broken = {c.identity for c in closures(rec, values) if not c.holds}
     assert max(clean.values()) <= closure_tolerance(rec.model)
-    assert "resid_pre + attn_out + mlp_out = resid_post" in broken
+    assert "carried resid_pre + attn_out + mlp_out = resid_post" in broken
     assert "sum of all addends = resid_post of the last block" in broken
+    assert "post-norm and scale of W_O's output = attn_out" in broken
+    reads = "norm of resid_mid (resid_pre in a parallel block) = what the MLP reads"
+    assert (reads in broken) == (not rec.model.anatomy.parallel)
+
+
+DAMAGE = {
+    "mlp_out": (
+        lambda layer: layer.mlp_out,
+        {
+            "carried resid_pre + attn_out + mlp_out = resid_post",
+            "post-norm and scale of the down-projection's output = mlp_out",
+            "sum of all addends = resid_post of the last block",
+            "sum of all rows' bs-values = logits before a soft-cap",
+        },
+    ),
+    "coefficients": (
+        lambda layer: layer.groups[0].coefficient,
+        {
+            "sum of coefficient x w_out + bias = the down-projection's output",
+            "activation of the pre-activations = coefficient",
+            "sum of all subvalues and biases = resid_post of the last block",
+        },
+    ),
+    "pre-activations": (
+        lambda layer: layer.groups[0].pre_activations[0],
+        {
+            "keys read through the norm + bias = pre-activations",
+            "activation of the pre-activations = coefficient",
+        },
+    ),
+    "attention weights": (
+        lambda layer: layer.attention.alpha,
+        {
+            "sum of alpha v over sources, gated = W_O's input",
+            "sum of all subvalues and biases = resid_post of the last block",
+        },
+    ),
+    "heads": (
+        lambda layer: layer.attention.z,
+        {
+            "sum of alpha v over sources, gated = W_O's input",
+            "sum of heads through W_O + bias = W_O's output",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("what", DAMAGE)
+def test_exactly_the_identities_that_read_a_wrong_number_fail(family, what):
+    rec, values = probe(shared(family))
+    part, expected = DAMAGE[what]
+    part(rec.layers[1]).mul_(1.5)
+    assert {c.identity for c in closures(rec, values) if not c.holds} == expected
 
 
 def test_a_hand_computed_micro_model():
@@ -228,7 +287,7 @@ def test_a_hand_computed_micro_model():
 @given(st.integers(0, VOCAB - 1))
 def test_single_token_prompts_work(token):
     rec = rs.record(shared("llama"), rs.Prompt(ids=[token], target=3))
-    assert rec.layers[0].alpha.tolist() == [[1.0]] * rec.model.anatomy.n_heads
+    assert rec.layers[0].attention.alpha.tolist() == [[1.0]] * rec.model.anatomy.n_heads
     assert rs.decompose(rec, grain="subvalue")["closure"].iloc[0] <= 1e-6
 
 

@@ -9,6 +9,7 @@ import random
 import types
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from resid_surgery.errors import (
     StaleRecordingError,
     UnsupportedModelError,
 )
-from resid_surgery.models import checkpoints
+from resid_surgery.models import checkpoints, zoo
 
 IDS = (5, 6, 7, 8)
 PROMPT = rs.Prompt(ids=IDS, target=9, versus=[10, 11])
@@ -39,11 +40,11 @@ SIZES = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_atte
 
 
 def loud(kind: str, **spec: Any) -> nn.Module:
-    """A loud random model of a type that has no row of its own."""
+    """A loud random model of a type other than the five families."""
     config = AutoConfig.for_model(kind, vocab_size=tiny.VOCAB, **spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
+        module: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
         tiny.loud(module)
     return module
 
@@ -51,7 +52,8 @@ def loud(kind: str, **spec: Any) -> nn.Module:
 def last_logits(module: nn.Module, ids: tuple[int, ...] = IDS) -> torch.Tensor:
     """Plain logits at the last position."""
     with torch.no_grad():
-        return module(torch.tensor([ids])).logits[0, -1]
+        logits: torch.Tensor = module(torch.tensor([ids])).logits[0, -1]
+    return logits
 
 
 def refusal(error: type[ResidSurgeryError], source: Any, **options: Any) -> str:
@@ -95,7 +97,7 @@ def test_a_model_object_opens_without_a_tokenizer(family: str) -> None:
     assert model.module is module
     assert model.tokenizer is None
     assert model.anatomy.layout.family == family
-    assert model.anatomy.matched == "by type"
+    assert model.anatomy.matched == "read off one forward"
     assert torch.allclose(rs.record(model, PROMPT).logits, last_logits(module), atol=1e-9)
 
 
@@ -171,11 +173,43 @@ def test_sharded_weights_open_like_whole_ones(tmp_path: Path) -> None:
     assert torch.allclose(last_logits(rs.load(tmp_path).module), last_logits(module), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
-def test_a_type_without_a_row_is_matched_by_structure_and_every_line_holds(kind: str) -> None:
-    model = rs.load(loud(kind, **SIZES))
-    assert model.anatomy.layout.family == "llama"
-    assert model.anatomy.matched == f"type '{kind}', matched by structure"
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        ("mistral", SIZES),
+        ("qwen2", SIZES),
+        ("olmo", SIZES),
+        ("cohere", SIZES),
+        ("bloom", dict(hidden_size=24, n_layer=2, n_head=2)),
+        ("granite", SIZES),
+        ("granite", SIZES | dict(residual_multiplier=0.5)),
+        ("granite", SIZES | dict(logits_scaling=2.0)),
+        ("granite", SIZES | dict(embedding_multiplier=3.0, attention_multiplier=0.4)),
+    ],
+    ids=str,
+)
+def test_any_type_is_read_off_one_forward_and_every_line_holds(kind: str, spec: dict[str, Any]) -> None:
+    module = loud(kind, bos_token_id=0, eos_token_id=0, **spec)
+    model = rs.load(module)
+    assert model.anatomy.layout.family == kind
+    assert model.anatomy.matched == "read off one forward"
+    assert torch.allclose(rs.record(model, PROMPT).logits, last_logits(module), atol=1e-6)
+    found = rs.check(model)
+    assert found.ok.all(), found[~found.ok]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_layout_that_is_given_is_used_and_proven(family: str) -> None:
+    module = tiny.build(family)
+    layout = rs.load(module).anatomy.layout
+    given = rs.Layout(
+        blocks=layout.blocks, final_norm=layout.final_norm, unembed=layout.unembed, block=layout.of_layer(0),
+        logit_cap=layout.logit_cap, family="my own",
+    )  # fmt: skip
+    model = rs.load(module, anatomy=given)
+    assert model.module is module
+    assert (model.anatomy.layout.family, model.anatomy.matched) == ("my own", "as given")
+    assert torch.allclose(rs.record(model, PROMPT).logits, last_logits(module), atol=1e-9)
     found = rs.check(model)
     assert found.ok.all(), found[~found.ok]
 
@@ -556,23 +590,30 @@ def test_what_is_no_tokenizer_is_refused(tokenizer: Any) -> None:
     assert refusal(ArgumentError, tiny.build("llama"), tokenizer=tokenizer).startswith("`tokenizer` must be ")
 
 
-@pytest.mark.parametrize(("kind", "spec"), [
-    ("bloom", dict(hidden_size=24, n_layer=2, n_head=2)),
-    ("mamba", dict(hidden_size=24, num_hidden_layers=2, state_size=4)),
-    ("cohere", SIZES),
-])  # fmt: skip
-def test_a_type_that_no_layout_fits_is_refused(kind: str, spec: dict[str, Any]) -> None:
-    module = loud(kind, bos_token_id=0, eos_token_id=0, **spec)
-    name = type(module).__name__
-    assert refusal(UnsupportedModelError, module) == (
-        f"{name} has model type '{kind}' ({name}), whose blocks fit none of the known layouts "
-        "(llama, gpt2, opt, gpt_neox, gemma2). Its residual stream cannot be split, so it is refused."
-    )
+REFUSED = {  # how the reason starts, and how it ends
+    "openai-gpt": ("in layer 0, the block ends in a norm of the sum", "(post-LayerNorm): the stream is no ledger."),
+    "bert": ("in layer 0, the block ends in a norm of the sum", "(post-LayerNorm): the stream is no ledger."),
+    "bart": ("in layer 0, the block has encoder_attn: ", "it is the decoder of an encoder-decoder."),
+    "mamba": ("none of its layers has attention weights: it is a recurrent or state-space model", "."),
+    "modernbert-decoder": ("decoder does not read the final norm's output: ", "head is not linear after one norm."),
+    "deepseek_v4": ("the stream that enters layer 0 has shape [1, 6, 2, 24]", "."),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_type_whose_stream_is_no_sum_is_refused_with_the_reason(kind: str, dtype: torch.dtype) -> None:
+    module = zoo.tiny(kind, dtype=dtype)
+    name, (start, end) = type(module).__name__, REFUSED[kind]
+    said = refusal(UnsupportedModelError, module)
+    assert said.startswith(f"{name} (type '{kind}', {name}) is refused: {start}")
+    assert said.endswith(end)
+    assert ("hyper-connections" in said) == (kind == "deepseek_v4")
 
 
 def test_a_post_norm_opt_is_refused() -> None:
     said = refusal(UnsupportedModelError, tiny.build("opt", do_layer_norm_before=False))
-    assert "do_layer_norm_before=False; its stream is a sum of addends only with do_layer_norm_before=True" in said
+    assert said == f"OPTForCausalLM (type 'opt', OPTForCausalLM) is refused: {' '.join(REFUSED['bert'])}"
 
 
 def test_an_opt_that_projects_before_its_unembedding_is_refused() -> None:
@@ -580,27 +621,67 @@ def test_an_opt_that_projects_before_its_unembedding_is_refused() -> None:
     assert "OPTForCausalLM" in said
 
 
+def without_residual_multiplier(layout: rs.Layout) -> rs.Layout:
+    """A granite's layout as if its writers entered the stream as they are."""
+    return replace(layout, block=replace(layout.of_layer(0), attn_scale=1.0, mlp_scale=1.0))
+
+
 @pytest.mark.parametrize(
-    ("multiplier", "identity"),
+    ("multiplier", "forgotten", "identity", "look"),
     [
-        (dict(residual_multiplier=0.5), "'resid_mid is what the MLP's norm reads' (line 1) fails in layer "),
-        (dict(logits_scaling=2.0), "'soft-cap of the bs-values = the model's logits' (line 4) fails with "),
+        (
+            dict(residual_multiplier=0.5),
+            without_residual_multiplier,
+            "'carried resid_pre + attn_out + mlp_out = resid_post' (line 1) fails in layer ",
+            "self_attn.o_proj",
+        ),
+        (
+            dict(logits_scaling=2.0),
+            lambda layout: replace(layout, logit_scale=1.0),
+            "'soft-cap of the bs-values = the model's logits' (line 4) fails with ",
+            "model.norm and lm_head",
+        ),
     ],
-    ids=str,
+    ids=["residual_multiplier", "logits_scaling"],
 )
 def test_a_granite_whose_sums_do_not_close_is_refused_with_the_identity_named(
-    multiplier: dict[str, float], identity: str
+    multiplier: dict[str, float], forgotten: Callable[[rs.Layout], rs.Layout], identity: str, look: str
 ) -> None:
-    said = refusal(ClosureError, loud("granite", **SIZES, **multiplier))
+    module = loud("granite", **SIZES, **multiplier)
+    layout = rs.load(module).anatomy.layout
+    assert forgotten(layout) != layout
+    said = refusal(ClosureError, module, anatomy=forgotten(layout))
     assert said.startswith(f"GraniteForCausalLM is refused: {identity}")
     assert "relative error 0." in said
     assert "allowed 1e-06 in float64" in said
-    assert "It was read by the llama layout (type 'granite', matched by structure), which does not describe it." in said
+    assert "Its layout (granite, as given) does not describe it." in said
+    assert "Look at " in said
+    assert look in said
 
 
-def test_a_granite_whose_sums_close_is_taken() -> None:
-    found = rs.check(rs.load(loud("granite", embedding_multiplier=3.0, **SIZES)))
-    assert found.ok.all(), found[~found.ok]
+@pytest.mark.parametrize("given", ["llama", {}, rs.BlockLayout(attn="a", attn_out="b", mlp_out="c")], ids=repr)
+def test_what_is_no_layout_is_refused(given: Any) -> None:
+    said = refusal(ArgumentError, tiny.build("llama"), anatomy=given)
+    assert said.startswith("`anatomy` must be a resid_surgery.Layout; got ")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (lambda row, block: replace(row, block=[block, block]), "describes 2 layers, but model.layers has 3"),
+        (lambda row, block: replace(row, blocks="model.blocks"), "no module model.blocks, which its layout (llama) n"),
+        (lambda row, block: replace(row, unembed="head"), "no module head, which its layout (llama) names"),
+        (lambda row, block: replace(row, unembed="model.norm"), "(model.norm) is not a plain Linear layer"),
+        (
+            lambda row, block: replace(row, block=replace(block, mlp_out="mlp.down")),
+            "no module model.layers.0.mlp.down",
+        ),
+    ],
+)
+def test_a_layout_that_does_not_fit_the_model_is_refused_by_name(changed: Any, said: str) -> None:
+    module = tiny.build("llama")
+    row = rs.load(module).anatomy.layout
+    assert said in refusal(UnsupportedModelError, module, anatomy=changed(row, row.of_layer(0)))
 
 
 def test_a_hook_that_changes_the_stream_is_found_out() -> None:
@@ -609,7 +690,7 @@ def test_a_hook_that_changes_the_stream_is_found_out() -> None:
     def double(_: nn.Module, __: Any, out: Any) -> Any:
         return (out[0] * 2, *out[1:]) if isinstance(out, tuple) else out * 2
 
-    module.transformer.h[0].register_forward_hook(double)  # type: ignore[union-attr, index, operator]
+    module.transformer.h[0].register_forward_hook(double)  # type: ignore[union-attr, index]
     assert "GPT2LMHeadModel is refused" in refusal(ClosureError, module)
 
 
@@ -631,10 +712,11 @@ def state(module: nn.Module) -> dict[str, Any]:
         "own attributes": [sorted(sub.__dict__) for sub in module.modules()],
         "hooks": [[dict(getattr(sub, name)) for name in HOOKS] for sub in module.modules()],
         "attention": module.config._attn_implementation,  # type: ignore[union-attr]
+        "experts": getattr(module.config, "_experts_implementation", None),
         "config": module.config.to_dict(),  # type: ignore[union-attr, operator]
         "torch": torch.get_rng_state().tolist(),
         "python": random.getstate(),
-        "numpy": np.random.get_state()[1].tolist(),  # type: ignore[index, union-attr]
+        "numpy": np.random.get_state()[1].tolist(),  # type: ignore[index]
         "grad": torch.is_grad_enabled(),
         "dtype": torch.get_default_dtype(),
         "threads": torch.get_num_threads(),
@@ -691,6 +773,7 @@ MEDDLING: dict[str, Callable[[Any], object]] = {
     "a flag": lambda m: weight(m).requires_grad_(False),
     "a gradient": lambda m: setattr(weight(m), "grad", None if weight(m).grad is not None else weight(m).detach() * 0),
     "the attention": lambda m: m.set_attn_implementation("sdpa"),
+    "the experts": lambda m: setattr(m.config, "_experts_implementation", "meddled"),
     "the configuration": lambda m: setattr(m.config, "use_cache", not m.config.use_cache),
     "a number drawn from torch": lambda m: torch.rand(1),
     "a number drawn from numpy": lambda m: np.random.random(),
@@ -761,9 +844,34 @@ def test_an_exception_in_the_middle_of_a_forward_changes_nothing(monkeypatch: py
 
 
 def test_a_refused_model_is_left_as_it_was() -> None:
-    module = loud("granite", residual_multiplier=0.5, **SIZES).train()
+    module = loud("granite", residual_multiplier=0.5, **SIZES)
+    wrong = without_residual_multiplier(rs.load(module).anatomy.layout)
+    module.train()
     with untouched(module), pytest.raises(ClosureError):
+        rs.load(module, anatomy=wrong)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_model_that_cannot_be_read_is_left_as_it_was(kind: str) -> None:
+    module = zoo.tiny(kind, dtype=torch.float64).train()
+    with untouched(module), pytest.raises(UnsupportedModelError):
         rs.load(module)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "qwen2_moe", "qwen3_next", "nemotron_h", "bloom", "gemma4"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rarer_types_are_left_as_they_were_by_every_verb(kind: str, dtype: torch.dtype) -> None:
+    module = zoo.tiny(kind, dtype=dtype).train()
+    with untouched(module, by="load"):
+        model = rs.load(module)
+    rec = rs.record(model, PROMPT)
+    neuron = rs.locate(rec, k=1).sites[0]
+    with untouched(module):
+        rs.record(model, PROMPT, positions="all")
+        rs.sources(rec, neuron, grain="subvalue", norm="live", router="recomputed")
+        rs.intervene(rec, [rs.Scale(neuron, 2.0), rs.Steer("L0.resid_pre", torch.ones(24))]).ledger()
+        rs.operate(model, PROMPT, k=2, readers=1)
+        rs.check(model)
 
 
 def test_loading_a_folder_leaves_the_random_generators_alone(saved: Path) -> None:
@@ -792,8 +900,9 @@ def test_another_attention_implementation_gives_the_same_recording(family: str) 
     eager, sdpa = (rs.record(rs.load(tiny.build(family, attn_implementation=a)), PROMPT) for a in ("eager", "sdpa"))
     assert torch.allclose(eager.logits, sdpa.logits, atol=1e-6)
     for one, other in zip(eager.layers, sdpa.layers, strict=True):
-        assert torch.allclose(one.alpha, other.alpha, atol=1e-6)
-        assert torch.allclose(one.alpha.sum(-1), torch.ones(len(one.alpha)).to(one.alpha))
+        alpha = one.attention.alpha
+        assert torch.allclose(alpha, other.attention.alpha, atol=1e-6)
+        assert torch.allclose(alpha.sum(-1), torch.ones(len(alpha)).to(alpha))
 
 
 # --- weights that change ------------------------------------------------------------------------
@@ -828,15 +937,15 @@ def _replace(module: nn.Module) -> None:
 
 
 def _one_bias(module: nn.Module) -> None:
-    module.get_submodule("model.layers.0.mlp.gate_proj").bias.data[-1] += 1.0  # type: ignore[union-attr, operator]
+    module.get_submodule("model.layers.0.mlp.gate_proj").bias.data[-1] += 1.0  # type: ignore[operator, index]
 
 
 def _embedding(module: nn.Module) -> None:
-    module.get_submodule("model.embed_tokens").weight.data[96, 23] += 1.0  # type: ignore[union-attr, operator]
+    module.get_submodule("model.embed_tokens").weight.data[96, 23] += 1.0  # type: ignore[operator, index]
 
 
 def _norm(module: nn.Module) -> None:
-    module.get_submodule("model.norm").weight.data[11] += 1.0  # type: ignore[union-attr, operator]
+    module.get_submodule("model.norm").weight.data[11] += 1.0  # type: ignore[operator, index]
 
 
 def _load_state(module: nn.Module) -> None:

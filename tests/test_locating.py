@@ -11,7 +11,8 @@ import resid_surgery as rs
 from resid_surgery.attribution.bounds import UpperBounds
 from resid_surgery.attribution.locating import _Search, rank
 from resid_surgery.attribution.scores import States, evaluate_block, places_of
-from resid_surgery.stream.subvalues import KINDS, stored
+from resid_surgery.stream.blocks import stored
+from resid_surgery.stream.subvalues import KINDS
 
 norms = st.sampled_from(["frozen", "own"])
 kinds = st.sampled_from(KINDS)
@@ -76,7 +77,7 @@ def test_equal_neurons_tie_and_go_by_index():
 
 def test_coefficients_of_zero_score_exactly_zero_without_evaluation():
     rec = rs.record(shared("opt"), rs.Prompt(ids=[5, 4, 3, 2], target=1))
-    dead = sum(int((layer.coefficient == 0).sum()) for layer in rec.layers)
+    dead = sum(int((layer.groups[0].coefficient == 0).sum()) for layer in rec.layers)
     assert dead > 10  # ReLU
     everything = rs.locate(rec, k=120)
     assert everything.evaluations == 120 - dead

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from resid_surgery.models.anatomy import families_table
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 NUMBER = re.compile(r"-?\d+\.\d+")
@@ -34,14 +33,10 @@ def test_the_examples_output_is_real(smollm2):
             assert a == b
 
 
-def test_the_table_of_families_is_the_commands_output():
-    assert families_table() in README
-
-
 def test_the_benchmark_was_pasted_in():
     assert "exact top-100 / plain forward" in block("bench")
 
 
-@pytest.mark.parametrize("name", ["operate", "decompose", "locate", "sources", "check", "families"])
+@pytest.mark.parametrize("name", ["operate", "decompose", "locate", "sources", "check", "check --all-families"])
 def test_every_command_is_named(name):
     assert f"`{name}" in README or f"resid-surgery {name}" in README

@@ -132,7 +132,7 @@ def test_zeroing_a_head_source_pair_equals_a_plain_forward_hook(paris):
         grab = layer.v_proj.register_forward_hook(lambda m, a, out: caught.update(v=out))
         module(ids, use_cache=False)
         grab.remove()
-        alpha = float(paris.layers[23].alpha[4, 3])
+        alpha = float(paris.layers[23].attention.alpha[4, 3])
         share = alpha * caught["v"][0, 3].view(3, 64)[4 // 3]
 
         def cut(_, args):

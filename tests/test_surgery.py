@@ -119,7 +119,7 @@ def test_removing_an_addend_changes_the_stream_by_minus_it(family, prompt, data)
     part = "mlp" if isinstance(site, rs.Neuron) else getattr(site, "part", "attn")
     before, after = (getattr(run, part)[site.layer] for run in (effect.before, effect.after))
     model, layer = rec.model, rec.layers[site.layer]
-    if isinstance(site, rs.Sublayer) or not model.has(f"{part}_post_norm"):
+    if isinstance(site, rs.Sublayer) or not model.has(site.layer, f"{part}_post_norm"):
         assert torch.allclose(after - before, -vector_of(rec, site), atol=1e-6)
     else:
         raw = layer.attn_raw if part == "attn" else layer.mlp_raw
@@ -133,7 +133,7 @@ def test_removing_an_addend_changes_the_stream_by_minus_it(family, prompt, data)
 def test_direct_effect_of_the_last_layer_is_the_whole_of_it(family):
     """Nothing comes after the last MLP: no indirect part there."""
     rec = rs.record(shared(family), rs.Prompt(ids=[5, 4, 3, 2], target=1, versus=[7]))
-    site = rs.Neuron(-1, int(rec.layers[-1].coefficient.abs().argmax()))
+    site = rs.Neuron(-1, int(rec.layers[-1].groups[0].coefficient.abs().argmax()))
     table = rs.intervene(rec, rs.Zero(site)).table
     assert table["indirect"].abs().max() <= 1e-6
     frozen = -rs.locate(rec, k=120).table.set_index("site").loc[f"L2.N{site.index}", "bs_target"]
@@ -178,7 +178,7 @@ def hooked(module, family, site, rec):
     block = module.get_submodule(f"{where.blocks}.1")
     down, w_o = block.get_submodule(where.down), block.get_submodule(where.w_o)
     d_head = rec.model.anatomy.d_head
-    sources = rec.layers[1].alpha[1, 2] * torch.tensor(
+    sources = rec.layers[1].attention.alpha[1, 2] * torch.tensor(
         oracle.capture(module, family, list(rec.prompt.ids), t).values[1][
             1 // (4 // 2) if family in ("llama", "gemma2") else 1
         ][2]
@@ -423,15 +423,50 @@ def test_out_of_memory_is_not_called_an_unknown_architecture():
         rs.record(model, rs.Prompt(ids=[5, 4, 3], target=1))
     handle.remove()
     assert rs.record(model, rs.Prompt(ids=[5, 4, 3], target=1)).resid_final.isfinite().all()
+    for error in (torch.OutOfMemoryError("injected"), MemoryError("injected")):
+        handle = module.model.layers[1].mlp.down_proj.register_forward_pre_hook(raising(error))
+        with pytest.raises(type(error), match="injected"):
+            rs.load(module)  # no less while its layout is read
+        handle.remove()
 
 
-def test_layers_of_different_widths_are_refused():
+def raising(error):
+    def hook(*_):
+        raise error
+
+    return hook
+
+
+def test_layers_of_different_widths_have_sizes_of_their_own():
     module = build("llama")
     mlp = module.model.layers[1].mlp
-    for name in ("gate_proj", "up_proj"):
-        setattr(mlp, name, torch.nn.Linear(24, 32, dtype=torch.float64))
-    mlp.down_proj = torch.nn.Linear(32, 24, dtype=torch.float64)
-    with pytest.raises(rs.UnsupportedModelError, match="differ in width"):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for name in ("gate_proj", "up_proj"):
+            setattr(mlp, name, torch.nn.Linear(24, 32, dtype=torch.float64))
+        mlp.down_proj = torch.nn.Linear(32, 24, dtype=torch.float64)
+    model = rs.load(module)
+    assert [size.d_mlp for size in model.anatomy.sizes] == [40, 32, 40]
+    table = rs.check(model)
+    assert table["ok"].all(), table[~table["ok"]].to_string()
+    rec = rs.record(model, rs.Prompt(ids=[5, 4, 3, 2], target=1))
+    assert len(rs.scores(rec, kind="neuron")) == rs.locate(rec, k=112).candidates == 112
+    for site in ("L0.N39", "L1.N31"):
+        effect = rs.intervene(rec, rs.Zero(site))
+        part = effect.after.mlp[rs.parse_site(site).layer] - effect.before.mlp[rs.parse_site(site).layer]
+        assert torch.allclose(part, -vector_of(rec, rs.parse_site(site)), atol=1e-6)
+    for use in (lambda: rs.intervene(rec, rs.Zero("L1.N32")), lambda: rs.sources(rec, "L1.N32")):
+        with pytest.raises(rs.SiteError, match=r"`index` must be in 0\.\.31 .*\(32 neurons in layer 1\); got 32"):
+            use()
+
+
+def test_projections_of_one_mlp_that_differ_in_width_are_refused():
+    module = build("llama")
+    with torch.random.fork_rng(devices=[]):
+        module.model.layers[1].mlp.down_proj = torch.nn.Linear(32, 24, dtype=torch.float64)
+    with pytest.raises(
+        rs.UnsupportedModelError, match=r"LlamaForCausalLM .*failed \(RuntimeError: mat1 and mat2 shapes"
+    ):
         rs.load(module)
 
 

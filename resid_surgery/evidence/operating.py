@@ -107,7 +107,8 @@ def operate(model: OpenedModel, prompt: Prompt, *, k: int = 10, readers: int = 3
         PromptError, ArgumentError: the prompt or a number is no good.
     """
     need_model(model)
-    whole("k", k, 1)
+    most = sum(size.d_mlp + size.n_experts * size.d_expert for size in model.anatomy.sizes)
+    whole("k", k, 1, most, model=model.name)
     whole("readers", readers, 1)
     clock = _Clock()
     rec = record(model, prompt)

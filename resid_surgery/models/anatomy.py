@@ -141,11 +141,12 @@ class Anatomy:
         row = self.block(layer)
         return not row.parallel and "none" not in (row.attn_kind, row.mlp_kind)
 
-    def require(self, layer: int, part: str, what: str) -> None:
-        """Refuse a finer grain where a layer has only a whole writer.
+    def require(self, layer: int, part: str, what: str, *, whole: bool = False) -> None:
+        """Refuse a writer that a layer has not, and a finer grain where it has only a whole one.
 
         Args:
-            layer: which. part: "attn" or "mlp". what: the grain or site asked for.
+            layer: which. part: "attn" or "mlp". what: the grain or site asked for. whole: it is of the
+                whole writer.
 
         Raises:
             SiteError: the layer's writer is one addend, or it has none.
@@ -154,7 +155,7 @@ class Anatomy:
         kind, module = (row.attn_kind, row.attn) if part == "attn" else (row.mlp_kind, row.mlp)
         if kind == "none":
             raise SiteError(f"`{what}` does not exist for {self.name}: layer {layer} has no {part} writer.")
-        if kind == "opaque":
+        if kind == "opaque" and not whole:
             raise SiteError(
                 f"`{what}` does not exist for {self.name}: layer {layer}'s {module} is no softmax attention, so what "
                 f"it writes is one addend. Use L{layer}.{part}."

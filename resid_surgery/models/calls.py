@@ -85,6 +85,8 @@ def watch(module: nn.Module, ids: Tensor) -> list[Call]:
     try:
         with torch.no_grad():
             module(input_ids=ids, use_cache=False)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         why = f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"

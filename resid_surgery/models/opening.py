@@ -60,7 +60,7 @@ class OpenedModel:
 
     def __repr__(self) -> str:
         a = self.anatomy
-        experts = f"{a.sizes[-1].n_experts} experts, " if a.mixture else ""
+        experts = f"{max(size.n_experts for size in a.sizes)} experts, " if a.mixture else ""
         return (
             f"OpenedModel({self.name}: {a.layout.family}, {a.n_layers} layers, d_model {a.d_model}, {a.n_heads} heads, "
             f"d_mlp {a.d_mlp}, {experts}vocabulary {a.vocab_size}, "

@@ -137,13 +137,13 @@ def _find_chain(module: nn.Module, calls: Sequence[Call], n_positions: int) -> t
         shape = list(call.shape)
         if len(shape) > 3:
             raise UnreadableError(
-                f"the stream that enters layer {i} has shape {shape}: it is kept in several copies (hyper-connections), "
-                "which are mixed between layers"
+                f"the stream that enters layer {i} has shape {shape}: it is kept in several copies "
+                "(hyper-connections), which are mixed between layers"
             )
         if len(shape) != 3 or shape[0] != 1 or shape[1] != n_positions:
             raise UnreadableError(
-                f"the stream that enters layer {i} has shape {shape} for {n_positions} tokens: the model adds tokens of "
-                "its own, merges some, or turns positions around"
+                f"the stream that enters layer {i} has shape {shape} for {n_positions} tokens: the model adds "
+                "tokens of its own, merges some, or turns positions around"
             )
     for i, (a, b) in enumerate(itertools.pairwise(chain)):
         if not same(a.y, b.x):

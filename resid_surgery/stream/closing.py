@@ -106,7 +106,7 @@ def closures(rec: Recording, values: Values) -> Iterator[Closure]:
     total = rec.work(rec.resid_final)
     yield Closure(
         "1", "sum of all addends = resid_post of the last block", None, relative(parts.sum(0), total, parts),
-        loose if a.carries or a.post_norm else tight,
+        loose if a.carries else tight,
     )  # fmt: skip
     fine = addends(rec, "subvalue")
     yield Closure("1-3", "sum of all subvalues and biases = resid_post of the last block", None,

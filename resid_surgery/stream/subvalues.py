@@ -308,6 +308,8 @@ def vector_of(rec: Recording, site: Site) -> Float[Tensor, " d_model"]:
     if isinstance(site, Sublayer):
         return rec.work(sublayer_vector(rec.layers[site.layer], site.part)) * rec.reach(site.layer, site.part)
     if isinstance(site, Bias):
+        if isinstance(site.expert, int):
+            need_group(rec, ExpertNeuron(site.layer, site.expert, 0), str(site))
         bias = bias_vectors(rec, site.layer, site.part).get(site)
         if bias is None:
             raise SiteError(f"`{site}` does not exist for {rec.model.name}: that sublayer has no output bias.")
@@ -326,8 +328,8 @@ def _neuron_vector(rec: Recording, site: Neuron | ExpertNeuron | SharedNeuron) -
     return post_map(rec, site.layer, "mlp", final=True).push(row * rec.work(group.coefficient[index]) * group.factor)
 
 
-def need_group(rec: Recording, site: Neuron | ExpertNeuron | SharedNeuron) -> NeuronGroup:
-    """The active neurons that a site is one of.
+def need_group(rec: Recording, site: Neuron | ExpertNeuron | SharedNeuron, what: str | None = None) -> NeuronGroup:
+    """The active neurons that a site is one of; `what` is the site to name in messages.
 
     Raises:
         SiteError: its expert was not routed to at t.
@@ -337,8 +339,8 @@ def need_group(rec: Recording, site: Neuron | ExpertNeuron | SharedNeuron) -> Ne
     if group is None:
         routed = [g.expert for g in rec.layers[site.layer].groups if g.expert != "shared"]
         raise SiteError(
-            f"`{site}` is not active: layer {site.layer} of {rec.model.name} routed position {rec.prompt.position} "
-            f"to experts {routed}. Pick one of them."
+            f"`{what or site}` is not active: layer {site.layer} of {rec.model.name} routed position "
+            f"{rec.prompt.position} to experts {routed}. Pick one of them."
         )
     return group
 

@@ -226,7 +226,7 @@ def _operations(rec: Recording, one: Intervention) -> list[Operation]:
                 continue  # causal: there is nothing from a later source
             raise SiteError(f"`{site}` has no source {source} at position {position}: attention is causal.")
         factor, value, steer = 1.0, None, None
-        if isinstance(site, ExpertNeuron) and position == rec.prompt.position and steer is None:
+        if isinstance(site, ExpertNeuron) and position == rec.prompt.position and not isinstance(one, Steer):
             need_group(rec, site)
         if isinstance(one, Zero):
             factor = 0.0

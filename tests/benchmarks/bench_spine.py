@@ -104,7 +104,7 @@ def exhaustive(rec: rs.Recording, layer: int, rows: int = 256) -> torch.Tensor:
         s = (rec.resid_final.square().mean() + model.model.norm.variance_epsilon).sqrt()
         x = record.resid_pre + record.attn_out
         before = torch.log_softmax((x / s * gamma) @ w_u.T, -1)[rec.prompt.target]
-        v = record.coefficient[:, None] * block.mlp.down_proj.weight.T
+        v = record.groups[0].coefficient[:, None] * block.mlp.down_proj.weight.T
         for low in range(0, len(v), rows):
             bs = ((x + v[low : low + rows]) / s * gamma) @ w_u.T
             out.append(torch.log_softmax(bs, -1)[:, rec.prompt.target] - before)
