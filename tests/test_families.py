@@ -470,3 +470,14 @@ def test_features_and_the_table():
     assert "parallel" in features_of(rs.load(tiny("cohere")).anatomy)
     with pytest.raises(rs.ArgumentError, match="got 'lama'"):
         rs.check_families(["lama"])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_multiplier_is_read_as_what_it_is_and_never_lost_in_rounding(seed, dtype):
+    """In bfloat16 a small writer's multiplier could hide in the tolerance: the best fit decides."""
+    layout = rs.load(tiny("granitemoe", dtype=dtype, seed=seed)).anatomy.layout
+    block = layout.of_layer(0)
+    assert layout.block is block
+    assert (block.attn_scale, block.mlp_scale, block.attn_carry, block.mlp_carry) == (0.7, 0.7, 1.0, 1.0)
+    assert layout.logit_scale == pytest.approx(1 / 1.3)

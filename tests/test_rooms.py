@@ -10,7 +10,7 @@ import resid_surgery
 ROOT = Path(resid_surgery.__file__).parent
 ORDER = {
     "": ["errors", "_check", "sites"],
-    "models": ["zoo", "parts", "experts", "layout", "calls", "mlps", "wiring", "anatomy", "prompts", "facts",
+    "models": ["zoo", "parts", "experts", "layout", "calls", "ends", "mlps", "wiring", "anatomy", "prompts", "facts",
                "fingerprint", "checkpoints", "opening", "attention", "tracing", "settling"],
     "stream": ["records", "recording", "blocks", "subvalues", "vocabulary", "tables", "closing", "loading", "knowing"],
     "attribution": ["scores", "bounds", "locating", "sources"],

@@ -121,7 +121,14 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is not None and b is not None and a.shape == b.shape and torch.equal(a, b)
 
 
-def close(a: Tensor, b: Tensor, tolerance: float, *largest: Tensor) -> bool:
-    """max |a - b| <= tolerance * largest magnitude involved."""
+def misfit(a: Tensor, b: Tensor, *largest: Tensor) -> float:
+    """max |a - b| over the largest magnitude involved; infinite for different shapes."""
+    if a.shape != b.shape:
+        return float("inf")
     size = max(1e-30, *(float(t.double().abs().max()) for t in (a, b, *largest) if t.numel()))
-    return a.shape == b.shape and float((a.double() - b.double()).abs().max()) <= tolerance * size
+    return float((a.double() - b.double()).abs().max()) / size
+
+
+def close(a: Tensor, b: Tensor, tolerance: float, *largest: Tensor) -> bool:
+    """Whether `misfit` is within a tolerance (NaN is not)."""
+    return misfit(a, b, *largest) <= tolerance

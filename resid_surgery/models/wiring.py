@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from resid_surgery.errors import UnsupportedModelError
-from resid_surgery.models.calls import Call, close, flatten, same, watch
+from resid_surgery.models.calls import Call, misfit, same, watch
+from resid_surgery.models.ends import UnreadableError, UnrecognisedError, find_chain, read_head, solve, sum_of
 from resid_surgery.models.layout import BlockLayout, Factor, Layout
 from resid_surgery.models.mlps import Mlp, beside, read_mlp
 
@@ -43,21 +44,6 @@ _MIXES = re.compile(r"mamba|delta|linearattention|lightning|conv|recurrent|ssm|a
 _NO_MIXES = re.compile(r"(mlp|moe|moeblock|feedforward)$", re.I)
 
 
-class UnreadableError(Exception):
-    """Why a model's wiring is no ledger; turned into an `UnsupportedModelError` with the model's name.
-
-    `vague` reasons say what was not recognised rather than what stands in the way.
-    """
-
-    vague = False
-
-
-class UnrecognisedError(UnreadableError):
-    """A part that is not known."""
-
-    vague = True
-
-
 def read_layout(module: nn.Module, name: str, ids: Tensor) -> Layout:
     """The layout of a causal language model, read off one forward of a few tokens.
 
@@ -70,7 +56,7 @@ def read_layout(module: nn.Module, name: str, ids: Tensor) -> Layout:
     calls = watch(module, ids)
     config: Any = getattr(module, "config", None)
     try:
-        path, chain = _find_chain(module, calls, ids.shape[1])
+        path, chain = find_chain(module, calls, ids.shape[1])
         width = TOLERANCE.get(_dtype(chain[0].x), 1e-5)
         rows = []
         for layer, block in enumerate(chain):
@@ -78,11 +64,11 @@ def read_layout(module: nn.Module, name: str, ids: Tensor) -> Layout:
                 rows.append(_Block(block, calls, config, width).read())
             except UnreadableError as why:
                 if why.vague:  # what the head says, or that nothing attends, is plainer
-                    _read_head(calls, chain[-1], config, width)
+                    read_head(calls, chain[-1], config, width)
                     _require_attention(module.get_submodule(path))
                 raise UnreadableError(f"in layer {layer}, {why}") from None
         _require_attention(module.get_submodule(path))
-        norm, unembed, before, after, cap = _read_head(calls, chain[-1], config, width)
+        norm, unembed, before, after, cap = read_head(calls, chain[-1], config, width)
     except UnreadableError as why:
         raise UnsupportedModelError(
             f"{name} (type '{getattr(config, 'model_type', None)}', {type(module).__name__}) is refused: {why}."
@@ -109,48 +95,6 @@ def _require_attention(blocks: nn.Module) -> None:
 
 def _dtype(x: Tensor | None) -> torch.dtype:
     return torch.float32 if x is None else x.dtype
-
-
-def _find_chain(module: nn.Module, calls: Sequence[Call], n_positions: int) -> tuple[str, list[Call]]:
-    """The block list: modules called once each, in order, each reading what the one before left."""
-    by_path: dict[str, list[Call]] = {}
-    for call in calls:
-        by_path.setdefault(call.path, []).append(call)
-    found: list[tuple[int, str, list[Call]]] = []
-    repeated = None
-    for path, one in module.named_modules():
-        if not isinstance(one, nn.ModuleList) or len(one) == 0:
-            continue
-        runs = [by_path.get(f"{path}.{i}", []) for i in range(len(one))]
-        if any(len(run) > 1 for run in runs) and all(runs):
-            repeated = path
-        if all(len(run) == 1 for run in runs):
-            chain = [run[0] for run in runs]
-            wide = chain[0].x is not None and chain[0].y is not None and chain[0].x.shape == chain[0].y.shape
-            if wide and all(a.end < b.start for a, b in itertools.pairwise(chain)):
-                found.append((sum(p.numel() for p in one.parameters()), path, chain))
-    if not found:
-        hint = f"{repeated} runs more than once a forward" if repeated else "no list of blocks runs as a chain"
-        raise UnreadableError(f"{hint}, so its stream is no sum of one addend a writer")
-    _, path, chain = max(found, key=lambda item: item[0])
-    for i, call in enumerate(chain):
-        shape = list(call.shape)
-        if len(shape) > 3:
-            raise UnreadableError(
-                f"the stream that enters layer {i} has shape {shape}: it is kept in several copies "
-                "(hyper-connections), which are mixed between layers"
-            )
-        if len(shape) != 3 or shape[0] != 1 or shape[1] != n_positions:
-            raise UnreadableError(
-                f"the stream that enters layer {i} has shape {shape} for {n_positions} tokens: the model adds "
-                "tokens of its own, merges some, or turns positions around"
-            )
-    for i, (a, b) in enumerate(itertools.pairwise(chain)):
-        if not same(a.y, b.x):
-            raise UnreadableError(
-                f"what layer {i + 1} reads is not what layer {i} left: something happens between blocks"
-            )
-    return path, chain
 
 
 @final
@@ -286,66 +230,69 @@ class _Block:
         return first | self._solved(self.y, state, [("mlp", m_steps)], "its output")
 
     def _solved(self, total: Tensor, base: Tensor, writers: list[tuple[str, list[_Step]]], what: str) -> dict[str, Any]:
-        """total = carry * base + sum of scale * writer, trying each writer's last form first."""
+        """total = carry * base + sum of scale * writer: the best fit over every form of the writers."""
         if total.shape != base.shape:
             raise UnreadableError(f"{what} has shape {list(total.shape)}, the stream {list(base.shape)}")
-        for form in ("numbers", "vectors"):
-            for steps in itertools.product(*(reversed(steps) for _, steps in writers)):
-                terms = [base, *(step.y for step in steps)]
-                found = solve(total, terms, self.tolerance) if form == "numbers" else self._vectors(total, terms)
-                if found is None:
-                    continue
-                factors = [self._named(f) if isinstance(f, float) else f for f in found]
-                values: dict[str, Any] = {f"{writers[-1][0]}_carry": factors[0]}
-                for (part, _), step, factor in zip(writers, steps, factors[1:], strict=True):
-                    values[f"{part}_scale"] = factor
-                    if step.kind == "norm":
-                        values[f"{part}_post_norm"] = step.path
-                    elif step.kind == "other":
-                        if part == "mlp":
-                            raise UnreadableError(f"{step.path} stands between the MLP and the stream and is no norm")
-                        values |= {"attn_kind": "opaque", "attn": step.path}
-                return values
-        raise UnrecognisedError(f"{what} is no weighted sum of the stream and what was written to it")
+        best: tuple[float, tuple[_Step, ...], list[Factor]] | None = None
+        for steps in itertools.product(*(reversed(steps) for _, steps in writers)):
+            terms = [base, *(step.y for step in steps)]
+            for error, factors in (self._numbers(total, terms), self._vectors(total, terms)):
+                if error <= self.tolerance and (best is None or error < best[0] / 2):
+                    best = error, steps, factors
+        if best is None:
+            raise UnrecognisedError(f"{what} is no weighted sum of the stream and what was written to it")
+        _, steps, factors = best
+        values: dict[str, Any] = {f"{writers[-1][0]}_carry": factors[0]}
+        for (part, _), step, factor in zip(writers, steps, factors[1:], strict=True):
+            values[f"{part}_scale"] = factor
+            if step.kind == "norm":
+                values[f"{part}_post_norm"] = step.path
+            elif step.kind == "other":
+                if part == "mlp":
+                    raise UnreadableError(f"{step.path} stands between the MLP and the stream and is no norm")
+                values |= {"attn_kind": "opaque", "attn": step.path}
+        return values
 
-    def _vectors(self, total: Tensor, terms: list[Tensor]) -> list[Any] | None:
-        """Factors that are vectors of d_model: parameters or buffers of the block, or 1."""
-        named = dict(self.block.module.named_parameters()) | dict(self.block.module.named_buffers())
-        vectors: dict[str | float, Any] = {1.0: 1.0}
-        vectors |= {n: p.detach().double() for n, p in named.items() if p.shape == (self.d,) and "." not in n}
-        for chosen in itertools.product(vectors, repeat=len(terms)):
-            made = sum(vectors[name] * term.double() for name, term in zip(chosen, terms, strict=True))
-            if isinstance(made, Tensor) and close(made, total, self.tolerance, *terms):
-                return list(chosen)
-        return None
+    def _numbers(self, total: Tensor, terms: list[Tensor]) -> tuple[float, list[Factor]]:
+        """(error, factors): numbers, each as what it is named if that fits about as well."""
+        measured = solve(total, terms)
+        named = [self._named(value) for value in measured]
+        plain, kept = (sum_of([self._value(f) for f in factors], terms) for factors in (measured, named))
+        exact, rounded = misfit(plain, total, *terms), misfit(kept, total, *terms)
+        if rounded <= 2 * exact or rounded <= 4 * torch.finfo(total.dtype).eps:
+            return rounded, named
+        return exact, list(measured)
+
+    def _vectors(self, total: Tensor, terms: list[Tensor]) -> tuple[float, list[Factor]]:
+        """(error, factors): vectors of d_model, parameters or buffers of the block, or 1."""
+        names = [n for n, p in self._tensors().items() if p.shape == (self.d,) and "." not in n]
+        best: tuple[float, list[Factor]] = float("inf"), []
+        options: list[Factor] = [1.0, *names]
+        for chosen in itertools.product(options, repeat=len(terms)) if names else ():
+            error = misfit(sum_of([self._value(f) for f in chosen], terms), total, *terms)
+            if error < best[0]:
+                best = error, list(chosen)
+        return best
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return dict(self.block.module.named_parameters()) | dict(self.block.module.named_buffers())
+
+    def _value(self, factor: Factor) -> Tensor | float:
+        if not isinstance(factor, str):
+            return factor
+        tensor = self._tensors()[factor].detach().double()
+        return float(tensor) if tensor.numel() == 1 else tensor
 
     def _named(self, value: float) -> Factor:
-        """A measured factor as the parameter, attribute or config entry that it is, else as measured."""
-        if value == 1.0:
-            return value
-        near = max(self.tolerance, 1e-7)
-        tensors = dict(self.block.module.named_parameters()) | dict(self.block.module.named_buffers())
-        for name, tensor in tensors.items():
-            if tensor.numel() == 1 and abs(float(tensor) - value) <= near * abs(value):
-                return name
+        """What a measured factor is: 1, or the nearest parameter, attribute or config entry; else as measured."""
+        options: list[tuple[float, Factor]] = [(1.0, 1.0)]
+        options += [(float(t), name) for name, t in self._tensors().items() if t.numel() == 1]
         for owner in (self.block.module, self.config):
             for name, given in sorted(vars(owner).items()):
-                if isinstance(given, float) and not isinstance(given, bool) and given and not name.startswith("_"):
-                    for option in (given, 1 / given):
-                        if abs(option - value) <= near * abs(value):
-                            return option
-        return value
-
-
-def solve(total: Tensor, terms: Sequence[Tensor], tolerance: float) -> list[float] | None:
-    """Numbers c with total = sum c_i terms_i, all 1 if that already fits; None if nothing does."""
-    a = torch.stack([t.double().reshape(-1) for t in terms], 1)
-    b = total.double().reshape(-1)
-    ones = [1.0] * len(terms)
-    if close(a.sum(1), b, tolerance, a):
-        return ones
-    c = torch.linalg.lstsq(a, b[:, None]).solution[:, 0]
-    return [float(v) for v in c] if close(a @ c, b, tolerance, a) else None
+                if isinstance(given, float) and given and not name.startswith("_"):
+                    options += [(given, given), (1 / given, 1 / given)]
+        away, factor = min(((abs(number - value), factor) for number, factor in options), key=lambda o: o[0])
+        return factor if away <= max(self.tolerance, 1e-7) * abs(value) else value
 
 
 def attention_mix(module: nn.Module) -> str | None:
@@ -364,35 +311,3 @@ def attention_mix(module: nn.Module) -> str | None:
             source = ""
         _CALLS_INTERFACE[kind] = re.search(r"\battention_interface\(", source) is not None
     return "interface" if _CALLS_INTERFACE[kind] else None
-
-
-def _read_head(
-    calls: Sequence[Call], last: Call, config: Any, tolerance: float
-) -> tuple[str, str, float, float, float | None]:
-    """Final norm, unembedding, logit scale and cap: logits = cap(scale * W_U N(x))."""
-    norms = [c for c in calls if c.start > last.end and c.norm and same(c.x, last.y)]
-    if not norms:
-        raise UnreadableError("no norm reads the stream after the last block, so bs-values are not defined")
-    norm = norms[0]
-    heads = [c for c in calls if c.start > norm.end and c.linear]
-    if not heads or norm.y is None:
-        raise UnreadableError("no projection to the vocabulary follows the final norm")
-    head = heads[-1]
-    before = None if head.x is None or head.x.shape != norm.y.shape else solve(head.x, [norm.y], tolerance)
-    logits = flatten(calls[-1].y)
-    if before is None or head.y is None or logits is None or logits.shape != head.y.shape:
-        raise UnreadableError(
-            f"{head.path} does not read the final norm's output: the head is not linear after one norm"
-        )
-    caps = [v for k, v in sorted(vars(config).items()) if "cap" in k and isinstance(v, (int, float)) and v]
-    scales = [v for k, v in sorted(vars(config).items()) if "logit" in k and isinstance(v, float) and v]
-    options = dict.fromkeys([1.0, *scales, *(1 / s for s in scales)])
-    for cap in [None, *caps]:
-        for scale in options:
-            bs = head.y.double() * scale
-            if close(bs if cap is None else cap * torch.tanh(bs / cap), logits, tolerance):
-                return norm.path, head.path, before[0], scale, None if cap is None else float(cap)
-    measured = solve(logits, [head.y], tolerance)
-    if measured is None:
-        raise UnreadableError("its logits are no multiple and no known soft-cap of what the unembedding writes")
-    return norm.path, head.path, before[0], measured[0], None
