@@ -13,7 +13,10 @@ With x the block's input, the two writers of a block add
 and in a parallel block both are added to ``mlp_carry * x``. Carries and scales are 1 in most families.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
+from types import MappingProxyType
 from typing import Literal, final
 
 from resid_surgery._check import choice, message
@@ -99,8 +102,12 @@ class BlockLayout:
                 message("mix", "'interface' or one of " + ", ".join(f"'{m}:...'" for m in MIXES), self.mix)
             )
 
-    def paths(self) -> dict[str, str]:
+    def paths(self) -> Mapping[str, str]:
         """Part name -> module path inside the block, for the parts that this kind of block has."""
+        return self._paths
+
+    @cached_property
+    def _paths(self) -> Mapping[str, str]:
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         parts = {
             name: named[name]
@@ -109,7 +116,7 @@ class BlockLayout:
             if named[name] is not None
         }  # fmt: skip
         parts |= {f"key{i}": path for i, path in enumerate(self.keys)}
-        return parts | {f"shared_key{i}": path for i, path in enumerate(self.shared_keys)}
+        return MappingProxyType(parts | {f"shared_key{i}": path for i, path in enumerate(self.shared_keys)})
 
     @property
     def plain(self) -> bool:
