@@ -5,6 +5,7 @@ an intervention does is compared with plain PyTorch hooks that share nothing wit
 """
 
 import importlib.util
+import threading
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 import resid_surgery as rs
 from resid_surgery.evidence.families import STATUSES, families_markdown, features_of, try_family
 from resid_surgery.models.zoo import NotBuildableError, causal_types, loud, tiny
+from resid_surgery.stream.subvalues import neuron_site
 
 VERIFIED = """
 afmoe apertus arcee aria_text beam biogpt bitnet bloom codegen cohere cohere2 cohere2_moe cohere_compass_text
@@ -481,3 +483,200 @@ def test_a_multiplier_is_read_as_what_it_is_and_never_lost_in_rounding(seed, dty
     assert layout.block is block
     assert (block.attn_scale, block.mlp_scale, block.attn_carry, block.mlp_carry) == (0.7, 0.7, 1.0, 1.0)
     assert layout.logit_scale == pytest.approx(1 / 1.3)
+
+
+# What a mixture's bookkeeping must add up to, whatever is left in it.
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_next", "deepseek_v3", "granitemoeshared", "mixtral"])
+def test_the_direct_effect_of_a_whole_expert_is_the_sum_of_its_neurons(model_type):
+    """Also where nothing is left of an expert, and its gate can no longer be seen in what it writes."""
+    model = rs.load(tiny(model_type, dtype=torch.float64))
+    rec = rs.record(model, rs.Prompt(ids=IDS, target=3))
+    layer = max(i for i, one in enumerate(rec.layers) if any(isinstance(g.expert, int) for g in one.groups))
+    for groups in (
+        [g for g in rec.layers[layer].groups if isinstance(g.expert, int)],
+        [g for g in rec.layers[layer].groups if g.expert == "shared"],
+    ):
+        sites = [neuron_site(layer, g.expert, i) for g in groups for i in range(len(g.coefficient))]
+        if not sites:
+            continue
+        together, *alone = rs.intervene_each(rec, [[rs.Zero(sites)], *([rs.Zero(site)] for site in sites)])
+        total = sum(float(one.table["direct"].iloc[0]) for one in alone)
+        assert float(together.table["direct"].iloc[0]) == pytest.approx(total, rel=1e-6, abs=1e-9)
+        assert abs(total) > 1e-4
+        ledger = rs.decompose(rec, grain="neuron").set_index("site")["bs_target"]
+        assert total == pytest.approx(-float(ledger[[str(s) for s in sites]].sum()), rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3", "granitemoeshared", "mixtral", "gpt_oss"])
+def test_operations_on_one_experts_neuron_combine(model_type):
+    model = rs.load(tiny(model_type, dtype=torch.float64))
+    rec = rs.record(model, rs.Prompt(ids=IDS, target=3))
+    layer = max(i for i, one in enumerate(rec.layers) if any(isinstance(g.expert, int) for g in one.groups))
+    group = next(g for g in rec.layers[layer].groups if isinstance(g.expert, int))
+    site = rs.ExpertNeuron(layer, group.expert, int(group.coefficient.abs().argmax()))
+    v = torch.linspace(-1, 1, model.anatomy.d_model, dtype=torch.float64)
+    both, six, scaled, steered, joint = rs.intervene_each(
+        rec,
+        [[rs.Scale(site, 2), rs.Scale(site, 3)], [rs.Scale(site, 6)], [rs.Scale(site, 2)], [rs.Steer(site, v)],
+         [rs.Scale(site, 2), rs.Steer(site, v)]],
+    )  # fmt: skip
+    torch.testing.assert_close(both.after.logits, six.after.logits, rtol=1e-6, atol=1e-9)
+    parts = [float(one.table["direct"].iloc[0]) for one in (scaled, steered, joint)]
+    if model.has(layer, "mlp_post_norm"):
+        return
+    assert parts[2] == pytest.approx(parts[0] + parts[1], rel=1e-6)
+
+
+def test_an_expert_that_two_slots_route_to_is_one_expert():
+    module = tiny("mixtral")
+
+    def twice(module, args):
+        hidden, index, weight = args
+        return hidden, index[:, :1].expand(-1, 2).contiguous(), weight
+
+    for block in module.model.layers:
+        block.mlp.experts.register_forward_pre_hook(twice)
+    rec = rs.record(rs.load(module), rs.Prompt(ids=IDS, target=3))
+    assert all(len(one.groups) == 1 for one in rec.layers)
+    site = rs.locate(rec, k=1).sites[0]
+    row = rs.decompose(rec, grain="neuron").set_index("site").loc[str(site), "bs_target"]
+    assert float(rs.intervene(rec, rs.Zero(site)).table["direct"].iloc[0]) == pytest.approx(-float(row), rel=1e-4)
+
+
+def test_everywhere_means_wherever_an_expert_is_routed_to():
+    _, rec = opened("mixtral")
+    idle = next(e for e in range(4) if rec.layers[3].group(e) is None)
+    rs.intervene(rec, rs.Zero(f"L3.E{idle}.N1", positions="all"))
+    with pytest.raises(rs.SiteError, match="routed position 5 to experts"):
+        rs.intervene(rec, rs.Zero(f"L3.E{idle}.N1"))
+
+
+# Layers that write nothing.
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral"])
+def test_a_pruned_layer_is_read_like_its_neighbours(model_type):
+    model = rs.load(tiny(model_type))
+    row = model.block(1)
+    blocks = [block_of(model, layer) for layer in (1, 2)]
+    with torch.no_grad():
+        silenced = [blocks[0].get_submodule(row.attn_out)]
+        silenced += [blocks[1].get_submodule(row.mlp_out or row.experts)]
+        for tensor in (t for one in silenced for t in one.parameters()):
+            tensor.zero_()
+    pruned = rs.load(model.module)
+    assert pruned.anatomy.layout.block == model.anatomy.layout.block
+    assert rs.check(pruned)["ok"].all()
+
+
+def test_a_model_whose_attention_writes_nothing_is_read_as_sequential():
+    module = tiny("llama")
+    with torch.no_grad():
+        for block in module.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+            block.self_attn.o_proj.bias.zero_()
+    model = rs.load(module)
+    assert model.anatomy.layout == rs.load(tiny("llama")).anatomy.layout
+    assert rs.check(model)["ok"].all()
+
+
+def test_zeroing_a_middle_state_leaves_exactly_nothing():
+    _, rec = opened("llama")
+    effect = rs.intervene(rec, rs.Zero("L0.resid_mid", positions="all"))
+    pre = rs.intervene(rec, rs.Zero(["L0.resid_pre", "L0.attn"], positions="all"))
+    torch.testing.assert_close(effect.after.logits, pre.after.logits, atol=1e-6, rtol=1e-6)
+
+
+# Layouts that a user gets wrong: always one clear error.
+
+GOOD = dict(attn="self_attn", attn_out="self_attn.o_proj", attn_norm="input_layernorm", mlp="mlp",
+            mlp_out="mlp.down_proj", mlp_norm="post_attention_layernorm", keys=("mlp.gate_proj", "mlp.up_proj"),
+            activation="mlp.act_fn")  # fmt: skip
+TOP = dict(blocks="model.layers", final_norm="model.norm", unembed="lm_head")
+WRONG_BLOCK = [
+    dict(keys=(1, 2)),
+    dict(keys=None),
+    dict(keys=("mlp.gate_proj",) * 3),
+    dict(keys=("mlp.gate_proj[0]", "mlp.up_proj[1]")),
+    dict(keys=("self_attn.q_proj", "mlp.up_proj")),
+    dict(keys=()),
+    dict(activation="mlp.nope"),
+    dict(activation=":nope"),
+    dict(activation=3),
+    dict(activation=":linear"),
+    dict(activation="self_attn.layer_idx"),
+    dict(activation=None),
+    dict(attn_scale=None),
+    dict(attn_scale="nope"),
+    dict(mlp_scale="mlp.nope.weight"),
+    dict(mlp_carry=""),
+    dict(attn_carry="training"),
+    dict(attn_carry="mlp"),
+    dict(mlp_scale="mlp.up_proj.weight"),
+    dict(mlp_scale=float("nan")),
+    dict(mix=5),
+    dict(mix="magic"),
+    dict(mix="weights:nope"),
+    dict(coef_norm="input_layernorm"),
+    dict(attn_norm=""),
+    dict(attn_norm=["x"]),
+    dict(attn_norm="post_attention_layernorm"),
+    dict(attn_norm=None),
+    dict(parallel="yes"),
+    dict(attn_kind="magic"),
+    dict(attn_kind="opaque", attn=None),
+    dict(mlp_kind="experts"),
+    dict(mlp_post_norm="mlp"),
+    dict(attn="self_attn.nope"),
+    dict(attn_out="mlp.up_proj"),
+    dict(mlp_with="self_attn"),
+    dict(gated=3),
+]
+WRONG_TOP = [
+    dict(blocks=""),
+    dict(blocks="model"),
+    dict(blocks="lm_head"),
+    dict(blocks="model.layers.0"),
+    dict(blocks=None),
+    dict(final_norm=""),
+    dict(final_norm="model"),
+    dict(final_norm="model.layers.0"),
+    dict(unembed="model.norm"),
+    dict(head_scale="x"),
+    dict(logit_scale=[1.0]),
+    dict(logit_scale=None),
+    dict(logit_cap="x"),
+    dict(block=None),
+    dict(block=[]),
+    dict(logit_scale=2.0),
+    dict(head_scale=0.5),
+    dict(logit_cap=3.0),
+]
+
+
+@pytest.mark.parametrize("wrong", [*WRONG_BLOCK, *WRONG_TOP], ids=str)
+def test_a_wrong_layout_is_one_clear_error_and_changes_nothing(wrong):
+    module = tiny("llama")
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    top = TOP | {k: v for k, v in wrong.items() if wrong in WRONG_TOP}
+    block = GOOD | {k: v for k, v in wrong.items() if wrong not in WRONG_TOP}
+    with pytest.raises((rs.UnsupportedModelError, rs.ArgumentError)) as caught:
+        rs.load(module, anatomy=rs.Layout(**({"block": rs.BlockLayout(**block)} | top)))
+    assert len(str(caught.value)) > 30
+    assert all(torch.equal(t, module.state_dict()[name]) for name, t in before.items())
+
+
+def test_a_model_that_cannot_be_copied_says_why():
+    class Counter:
+        def __init__(self):
+            self.lock = threading.Lock()
+
+        def count(self, *args):
+            return None
+
+    module = tiny("llama")
+    module.register_forward_hook(Counter().count)
+    with pytest.raises(rs.UnsupportedModelError, match="cannot be copied"):
+        rs.load(module)

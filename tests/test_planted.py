@@ -137,7 +137,7 @@ SPINE = {
         row(mlp_norm="input_layernorm", attn_norm="post_attention_layernorm"),
         "what the MLP reads",
     ),
-    "wrong down-projection": ("opt", row(mlp_out="self_attn.out_proj", mlp="self_attn"), "does not describe"),
+    "wrong down-projection": ("opt", row(mlp_out="self_attn.out_proj", mlp="self_attn"), "no key of theirs"),
 }
 ZOO = {
     "residual multiplier": ("granite", row(attn_scale=1.0, mlp_scale=1.0), "resid_post"),

@@ -163,6 +163,10 @@ def check(
     """
     import resid_surgery as rs
 
+    if all_families and family:
+        raise rs.ArgumentError("`--all-families` and `--family` do not go together: the second is for some only.")
+    if markdown and (as_json or not (all_families or family)):
+        raise rs.ArgumentError("`--markdown` goes with --all-families or --family, and without --json.")
     if all_families or family:
         if model is not None or device is not None:
             raise rs.ArgumentError(

@@ -214,7 +214,9 @@ def _tried(rec: Recording) -> tuple[list[NeuronSite], dict[str, Zero]]:
                 neurons.append(site)
                 rows[_names(site)] = Zero(site)
     attention = [i for i, one in enumerate(rec.layers) if one.attention is not None]
-    rows |= {"(head, source)": Zero(f"L{attention[-1]}.H0<0"), "head": Zero(f"L{attention[0]}.H1")}
+    if attention:
+        last = rec.model.anatomy.sizes[attention[0]].n_heads - 1
+        rows |= {"(head, source)": Zero(f"L{attention[-1]}.H0<0"), "head": Zero(f"L{attention[0]}.H{last}")}
     writer = next(p for p in ("attn", "mlp") if getattr(rec.model.block(0), f"{p}_kind") != "none")
     return neurons, rows | {"sublayer": Zero(f"L0.{writer}")}
 

@@ -15,6 +15,7 @@ import pandas as pd
 from resid_surgery._check import whole
 from resid_surgery.attribution.locating import Located, locate
 from resid_surgery.attribution.sources import sources
+from resid_surgery.errors import ArgumentError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import Prompt
 from resid_surgery.sites import Site
@@ -108,6 +109,8 @@ def operate(model: OpenedModel, prompt: Prompt, *, k: int = 10, readers: int = 3
     """
     need_model(model)
     most = sum(size.d_mlp + size.n_experts * size.d_expert for size in model.anatomy.sizes)
+    if not most or not model.anatomy.n_heads:
+        raise ArgumentError(f"`model` must have neurons and attention heads to operate on; {model.name} has not.")
     whole("k", k, 1, most, model=model.name)
     whole("readers", readers, 1)
     clock = _Clock()

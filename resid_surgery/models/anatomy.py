@@ -156,9 +156,10 @@ class Anatomy:
         if kind == "none":
             raise SiteError(f"`{what}` does not exist for {self.name}: layer {layer} has no {part} writer.")
         if kind == "opaque" and not whole:
+            known = "softmax attention" if part == "attn" else "MLP of neurons"
             raise SiteError(
-                f"`{what}` does not exist for {self.name}: layer {layer}'s {module} is no softmax attention, so what "
-                f"it writes is one addend. Use L{layer}.{part}."
+                f"`{what}` does not exist for {self.name}: layer {layer}'s {module} is no {known}, so what it writes "
+                f"is one addend. Use L{layer}.{part}."
             )
 
     def describe(self) -> dict[str, object]:
@@ -210,9 +211,9 @@ def dissect(module: nn.Module, layout: Layout, name: str, matched: str) -> Anato
     """
     part = _part_getter(module, layout, name)
     blocks = part(None, layout.blocks)
-    n_layers = len(blocks)  # type: ignore[arg-type]
-    if n_layers == 0:
-        raise UnsupportedModelError(f"{name} has no blocks under {layout.blocks}.")
+    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or len(blocks) == 0:
+        raise UnsupportedModelError(f"{layout.blocks} of {name} is no list of blocks ({type(blocks).__name__}).")
+    n_layers = len(blocks)
     if isinstance(layout.block, tuple) and len(layout.block) != n_layers:
         raise UnsupportedModelError(
             f"the layout of {name} describes {len(layout.block)} layers, but {layout.blocks} has {n_layers}."
@@ -252,6 +253,7 @@ def _sizes(
     """Sizes of one block's MLP; every projection of the block is required to be plain."""
     for path in row.paths().values():
         part(layer, split_key(path)[0])  # it exists
+    _require_callables(row, layer, part, d_model, name)
     widths: dict[str, int] = {}
     for p, path in _projections(row):
         weight = linear_map(part(layer, split_key(path)[0]), f"{path} of {name}").rows
@@ -262,8 +264,21 @@ def _sizes(
                 "stands between the stream and the vocabulary, so the head is not linear after one norm."
             )
         widths[p] = weight.shape[0]
+    for kind, keys in (("mlp_out", row.keys), ("shared_out", row.shared_keys)):
+        for i, path in enumerate(keys):
+            p = f"key{i}" if kind == "mlp_out" else f"shared_key{i}"
+            whole = linear_map(part(layer, split_key(path)[0]), path).rows.shape[1]
+            made = whole // 2 if split_key(path)[1] is not None else whole
+            if kind in widths and made != widths[kind]:
+                raise UnsupportedModelError(
+                    f"layer {layer} {path} of {name} ({p}) writes {made} coordinates, but {widths[kind]} neurons are "
+                    "written from there: it is no key of theirs."
+                )
+    heads = int(row.attn_kind == "attention")  # until they are measured
     if row.mlp_kind != "experts" or row.experts is None:
-        return LayerSizes(d_mlp=widths.get("mlp_out", 0), d_head=widths.get("attn_out", 0), n_heads=1, n_kv_heads=1)
+        return LayerSizes(
+            d_mlp=widths.get("mlp_out", 0), d_head=widths.get("attn_out", 0), n_heads=heads, n_kv_heads=heads
+        )
     experts = experts_of(part(layer, row.experts))
     if experts is None:
         raise UnsupportedModelError(f"layer {layer} {row.experts} of {name} holds no experts in the known form.")
@@ -274,9 +289,39 @@ def _sizes(
         n_experts=experts.count,
         d_expert=experts.width,
         d_head=widths.get("attn_out", 0),
-        n_heads=1,
-        n_kv_heads=1,
+        n_heads=heads,
+        n_kv_heads=heads,
     )
+
+
+def _require_callables(
+    row: BlockLayout, layer: int, part: Callable[[int | None, str], nn.Module], d_model: int, name: str
+) -> None:
+    """Refuse activations and factors that are not what a layout says they are."""
+    block = part(layer, "")
+    for path in (row.activation, row.shared_activation):
+        if path is not None and not callable(_attribute(block, path)):
+            raise UnsupportedModelError(f"layer {layer} of {name} has no activation {path}, which its layout names.")
+    for field in ("attn_scale", "mlp_scale", "attn_carry", "mlp_carry"):
+        path = getattr(row, field)
+        if isinstance(path, str):
+            tensor = _attribute(block, path)
+            if not isinstance(tensor, Tensor) or not (tensor.numel() == 1 or tensor.shape == (d_model,)):
+                raise UnsupportedModelError(
+                    f"`{field}` of layer {layer} of {name} must be a number, or the path of a parameter or buffer with "
+                    f"one number or {d_model}; got {path!r}."
+                )
+
+
+def _attribute(block: nn.Module, path: str) -> Any:
+    """What a path names inside a block, or a function of torch (":silu"); None if nothing."""
+    if path.startswith(":"):
+        return getattr(nn.functional, path[1:], None)
+    owner, _, leaf = path.rpartition(".")
+    try:
+        return getattr(block.get_submodule(owner) if owner else block, leaf, None)
+    except AttributeError:
+        return None
 
 
 def _projections(row: BlockLayout) -> Iterator[tuple[str, str]]:

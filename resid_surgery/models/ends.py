@@ -109,8 +109,9 @@ def read_head(
 
 def solve(total: Tensor, terms: Sequence[Tensor]) -> list[float]:
     """The numbers c that fit total = sum c_i terms_i best."""
-    a = torch.stack([t.double().reshape(-1) for t in terms], 1)
-    return [float(v) for v in torch.linalg.lstsq(a, total.double().reshape(-1, 1)).solution[:, 0]]
+    a = torch.stack([t.double().cpu().reshape(-1) for t in terms], 1)
+    # the default driver is wrong for a zero or collinear column
+    return [float(v) for v in torch.linalg.lstsq(a, total.double().cpu().reshape(-1, 1), driver="gelsd").solution[:, 0]]
 
 
 def sum_of(factors: Sequence[Tensor | float], terms: Sequence[Tensor]) -> Tensor:

@@ -16,10 +16,10 @@ and in a parallel block both are added to ``mlp_carry * x``. Carries and scales 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from types import MappingProxyType
-from typing import Literal, final
+from types import MappingProxyType, NoneType
+from typing import Any, Literal, final
 
-from resid_surgery._check import choice, message
+from resid_surgery._check import choice, finite, message
 from resid_surgery.errors import ArgumentError
 
 AttnKind = Literal["attention", "opaque", "none"]
@@ -86,6 +86,22 @@ class BlockLayout:
     mlp_carry: Factor = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("keys", "shared_keys"):
+            given = getattr(self, name)
+            given = (given,) if isinstance(given, str) else given
+            if not isinstance(given, (tuple, list)) or len(given) > 2 or not all(isinstance(k, str) for k in given):
+                raise ArgumentError(message(name, "at most two module paths, the gate first", given))
+            object.__setattr__(self, name, tuple(given))
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith(("_scale", "_carry")):
+                object.__setattr__(self, field.name, _factor(field.name, value))
+            elif field.type in ("str", "str | None", str, str | None) and not isinstance(value, (str, NoneType)):
+                raise ArgumentError(message(field.name, "a module path inside the block, or None", value))
+            elif field.type in ("bool", bool) and not isinstance(value, bool):
+                raise ArgumentError(message(field.name, "True or False", value))
+        if not isinstance(self.mix, str):
+            raise ArgumentError(message("mix", "a string such as 'interface'", self.mix))
         choice("attn_kind", self.attn_kind, AttnKind.__args__)  # type: ignore[attr-defined]
         choice("mlp_kind", self.mlp_kind, MlpKind.__args__)  # type: ignore[attr-defined]
         for name, needed in (
@@ -124,6 +140,13 @@ class BlockLayout:
         return self.attn_scale == self.mlp_scale == self.attn_carry == self.mlp_carry == 1.0
 
 
+def _factor(name: str, value: Any) -> Factor:
+    """A finite number, or the path of a parameter or buffer."""
+    if isinstance(value, str) and value:
+        return value
+    return finite(name, value)
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -148,6 +171,13 @@ class Layout:
     family: str = "given"
 
     def __post_init__(self) -> None:
+        for name in ("blocks", "final_norm", "unembed", "family"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ArgumentError(message(name, "a module path from the top", getattr(self, name)))
+        for name in ("head_scale", "logit_scale"):
+            object.__setattr__(self, name, finite(name, getattr(self, name)))
+        if self.logit_cap is not None:
+            object.__setattr__(self, "logit_cap", finite("logit_cap", self.logit_cap))
         if isinstance(self.block, list):
             object.__setattr__(self, "block", tuple(self.block))
         rows = self.block if isinstance(self.block, tuple) else (self.block,)

@@ -97,7 +97,7 @@ def read_mlp(
     found = read_neurons(home, within, inside, _width(block), tolerance)
     if isinstance(found, str):
         return found
-    return Mlp(home.path, found.down, found.read, _norm_of(found.read, inside), found)
+    return Mlp(home.path, found.down, found.read, _norm_of(found.read, inside, found.down.start), found)
 
 
 def read_neurons(home: Call, within: Sequence[Call], inside: Sequence[Call], d: int, tolerance: float) -> Neurons | str:
@@ -194,7 +194,7 @@ def _mixture(unit: Call, routed: Call, within: Sequence[Call], inside: Sequence[
     if not mixes(unit.y, terms, 10 * tolerance):
         return "its output is not its routed experts plus a multiple of one shared expert"
     first = neurons is not None and neurons.down.end < routed.start
-    return Mlp(unit.path, unit, unit.x, _norm_of(unit.x, inside), neurons, routed.path, first)
+    return Mlp(unit.path, unit, unit.x, _norm_of(unit.x, inside, unit.start), neurons, routed.path, first)
 
 
 def beside(mlps: list[Mlp]) -> list[Mlp]:
@@ -212,9 +212,9 @@ def beside(mlps: list[Mlp]) -> list[Mlp]:
 
 def mixes(total: Tensor, terms: Sequence[Tensor], tolerance: float) -> bool:
     """Whether every token's total is a weighted sum of its terms (numbers that may differ by token)."""
-    a = torch.stack([t.double() for t in terms], -1)
-    c = torch.linalg.lstsq(a, total.double()[..., None]).solution
-    return close((a @ c)[..., 0], total, tolerance, a)
+    a = torch.stack([t.double().cpu() for t in terms], -1)
+    c = torch.linalg.lstsq(a, total.double().cpu()[..., None], driver="gelsd").solution
+    return close((a @ c)[..., 0], total.cpu(), tolerance, a)
 
 
 def _routing(call: Call) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -227,9 +227,10 @@ def _routing(call: Call) -> tuple[Tensor, Tensor, Tensor] | None:
     return (hidden, index, weight) if not index.is_floating_point() and index.shape == weight.shape else None
 
 
-def _norm_of(read: Tensor, inside: Sequence[Call]) -> Call | None:
-    made = [c for c in inside if c.norm and same(c.y, read)]
-    return made[0] if made else None
+def _norm_of(read: Tensor, inside: Sequence[Call], start: int) -> Call | None:
+    """The norm that made what is read: the last one before the reader, where several give the same."""
+    made = [c for c in inside if c.norm and c.end < start and same(c.y, read)]
+    return made[-1] if made else None
 
 
 def _width(block: Call) -> int:

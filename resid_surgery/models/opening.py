@@ -202,7 +202,13 @@ class OpenedModel:
             token = self.weights.structure()
             if self._shadow is None or token != self._shadow_token:
                 shared: dict[int, Any] = {id(t): t for t in self.weights.tensors()}
-                self._shadow = copy.deepcopy(self.module, memo=shared).eval()
+                try:
+                    self._shadow = copy.deepcopy(self.module, memo=shared).eval()
+                except (TypeError, AttributeError) as error:
+                    raise UnsupportedModelError(
+                        f"{self.name} cannot be copied ({error}): a hook or an attribute of it holds something like a "
+                        "lock or an open file. Remove it, and add it again afterwards."
+                    ) from error
                 _settle_experts(self._shadow, self.weights.tensors())
                 self._shadow_token = token
                 self.cache.pop("traced", None)

@@ -93,8 +93,11 @@ def measure_norm(module: nn.Module, d: int, name: str) -> NormForm:
         like = like if like.is_floating_point() else torch.zeros(1)
         probe = torch.linspace(-1.0, 2.0, d, dtype=torch.float64).sin().to(like) * 3 + 0.5
         small = probe * 0.02  # here eps counts
-        with torch.no_grad():
-            measured = [module(x[None])[0].double() for x in (probe, small)]
+        try:
+            with torch.no_grad():
+                measured = [module(x[None])[0].double() for x in (probe, small)]
+        except Exception as error:
+            raise UnsupportedModelError(f"{type(module).__name__} of {name} is no norm: {error}.") from error
         tolerance = 8 * max(torch.finfo(like.dtype).eps, 1.2e-7)
         for form in _forms(module):
             norm = form.read(module, d, torch.float64)

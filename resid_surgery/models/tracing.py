@@ -22,6 +22,7 @@ from resid_surgery.models.opening import OpenedModel
 
 TapName = Literal[
     "block_in",
+    "attn_read",
     "attn_call",
     "attn_mix",
     "attn_z",
@@ -52,7 +53,8 @@ _ORDER: tuple[str, ...] = TapName.__args__  # type: ignore[attr-defined]
 class Tap:
     """A place in the forward.
 
-    ``block_in/out``: the stream before / after a block. ``attn_call``: what goes into attention.
+    ``block_in/out``: the stream before / after a block. ``attn_read``: what attention reads.
+    ``attn_call``: what goes into attention, as queries, keys and values.
     ``attn_mix``: what comes out of it, (row, position, head, d_head). ``attn_z``: W_O's input.
     ``attn_raw/add``: what W_O (or an opaque writer) writes / the same after a post-norm, before the
     layer's scale. ``mlp_read``: what the MLP's keys read. ``key0/1``: pre-activations. ``coef``: the
@@ -183,6 +185,49 @@ def routing(model: OpenedModel, layer: int, read: Tensor) -> tuple[Tensor, Tenso
     return index.reshape(len(read), -1), weight.reshape(len(read), -1).to(read.dtype)
 
 
+def mixing(model: OpenedModel, layer: int, read: Tensor) -> tuple[list[float], list[float]]:
+    """(routed, shared): what multiplies the routed experts' sum and the shared expert's output, a state each.
+
+    Measured by moving each of the two in a run of the MLP alone, so that neither needs to be other than
+    zero and nothing that an intervention left in them counts.
+
+    Args:
+        model: the opened model. layer: a mixture of experts. read: (n, d_model) what its MLP reads.
+    """
+    row, n = model.block(layer), len(read)
+    if row.mlp_with is not None:  # the outputs of two modules, added
+        return [1.0] * n, [1.0] * n
+    places = {"routed": "experts"} | ({"shared": "shared_out"} if row.shared_out else {})
+    order = sorted(places, key=lambda name: (name == "shared") != row.shared_first)
+    mlp = model.path(layer, "mlp")
+    inside = {name: model.path(layer, part).removeprefix(mlp + ".") for name, part in places.items()}
+    states = read.to(model.dtype).repeat(3, 1)
+    with model.lock, _trace_lock, torch.no_grad():
+        traced = nnsight.NNsight(model.shadow.get_submodule(mlp))
+        envoys = {name: _envoy(traced, path) for name, path in inside.items()}
+        with traced.trace(states[None]):
+            moved: dict[str, Any] = {}
+            for name in order:
+                value = envoys[name].output
+                step = 4 * value.abs().max() + (value.abs().max() == 0)
+                left = value.clone()
+                at = n if name == "routed" else 2 * n
+                left.view(3 * n, -1)[at : at + n] += step
+                envoys[name].output = left
+                moved[name] = step
+            moved["out"] = traced.output
+            nnsight.save(moved)
+    out = moved["out"]
+    out = (out[0] if isinstance(out, tuple) else out).reshape(3, n, -1).double()
+    near = torch.finfo(model.dtype).eps / 4 if model.dtype in (torch.bfloat16, torch.float16) else 1e-6
+    found = {}
+    for name, at in (("routed", 1), ("shared", 2)):
+        step = float(moved.get(name, 1.0))
+        factors = ((out[at] - out[0]).mean(-1) / step).tolist()
+        found[name] = [1.0 if abs(factor - 1) <= near else factor for factor in factors]
+    return found["routed"], found["shared"]
+
+
 def _is_sum(model: OpenedModel, tap: Tap) -> bool:
     """Whether what is tapped is the sum of two modules' outputs, and so no module's own."""
     if tap.name not in ("mlp_raw", "mlp_add") or model.block(tap.layer).mlp_with is None:
@@ -268,6 +313,7 @@ def _part(model: OpenedModel, layer: int, name: str) -> tuple[str, str]:
     read = {"neurons": ("key0", "input"), "experts": ("mlp", "input")}.get(row.mlp_kind, ("mlp", "input"))
     table = {
         "block_in": ("block", "input"),
+        "attn_read": ("attn", "input"),
         "attn_z": ("attn_out", "input"),
         "attn_raw": (attn, "output"),
         "attn_add": ("attn_post_norm" if row.attn_post_norm else attn, "output"),

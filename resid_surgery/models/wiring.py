@@ -58,10 +58,13 @@ def read_layout(module: nn.Module, name: str, ids: Tensor) -> Layout:
     try:
         path, chain = find_chain(module, calls, ids.shape[1])
         width = TOLERANCE.get(_dtype(chain[0].x), 1e-5)
+        found = [_Block(block, calls, config, width) for block in chain]
+        # a layer in which a writer wrote nothing but zeros is read like another one of its kind
+        loud = {one.kind: one for one in reversed(found) if not one.silent}
         rows = []
-        for layer, block in enumerate(chain):
+        for layer, one in enumerate(found):
             try:
-                rows.append(_Block(block, calls, config, width).read())
+                rows.append(loud.get(one.kind, one).read() if one.silent else one.read())
             except UnreadableError as why:
                 if why.vague:  # what the head says, or that nothing attends, is plainer
                     read_head(calls, chain[-1], config, width)
@@ -118,6 +121,17 @@ class _Block:
         self.x, self.y, self.d = block.x, block.y, block.x.shape[-1]
         self.inside = [c for c in calls if c.path.startswith(block.path + ".")]
         self.children = [c for c in self.inside if "." not in self.rel(c)]
+
+    @property
+    def kind(self) -> tuple[tuple[str, type[nn.Module]], ...]:
+        """What modules it is made of: the same for layers that are wired alike."""
+        return tuple((name, type(one)) for name, one in self.block.module.named_modules())
+
+    @property
+    def silent(self) -> bool:
+        """Whether a module that may write to the stream gave nothing but zeros (a pruned or fresh layer)."""
+        writers = [c for c in self.inside if not c.leaf or (c.linear and "." not in self.rel(c))]
+        return any(c.y is not None and c.y.shape == self.x.shape and not bool(c.y.any()) for c in writers)
 
     def rel(self, call: Call) -> str:
         """A call's path inside the block."""
@@ -221,8 +235,8 @@ class _Block:
             return self._solved(self.y, self.x, [(part, a_steps or m_steps)], "its output")
         state = mlp.state(self.inside)
         mixer_norm = mixer[0]["attn_norm"]
-        shares = mixer_norm is not None and self._norm_of(mlp.read) == mixer_norm
-        if same(state, self.x) or shares:
+        shares = mlp.norm is not None and self.rel(mlp.norm) == mixer_norm
+        if (same(state, self.x) and bool(a_steps[-1].y.any())) or shares:
             return {"parallel": True} | self._solved(
                 self.y, self.x, [("attn", a_steps), ("mlp", m_steps)], "its output"
             )
@@ -255,13 +269,19 @@ class _Block:
 
     def _numbers(self, total: Tensor, terms: list[Tensor]) -> tuple[float, list[Factor]]:
         """(error, factors): numbers, each as what it is named if that fits about as well."""
-        measured = solve(total, terms)
-        named = [self._named(value) for value in measured]
-        plain, kept = (sum_of([self._value(f) for f in factors], terms) for factors in (measured, named))
-        exact, rounded = misfit(plain, total, *terms), misfit(kept, total, *terms)
-        if rounded <= 2 * exact or rounded <= 4 * torch.finfo(total.dtype).eps:
-            return rounded, named
-        return exact, list(measured)
+        solved = solve(total, terms)
+        measured: list[Factor] = [c if bool(t.any()) else 1.0 for c, t in zip(solved, terms, strict=True)]
+        exact = self._misfit(measured, total, terms)
+        own = self._own()
+        for options, allowed in ((own + self._configured(), 2 * exact), (own, 4 * torch.finfo(total.dtype).eps)):
+            named = [self._nearest(float(value), options) for value in measured]
+            error = self._misfit(named, total, terms)
+            if error <= max(allowed, 1e-12):
+                return error, named
+        return exact, measured
+
+    def _misfit(self, factors: Sequence[Factor], total: Tensor, terms: list[Tensor]) -> float:
+        return misfit(sum_of([self._value(f) for f in factors], terms), total, *terms)
 
     def _vectors(self, total: Tensor, terms: list[Tensor]) -> tuple[float, list[Factor]]:
         """(error, factors): vectors of d_model, parameters or buffers of the block, or 1."""
@@ -269,7 +289,7 @@ class _Block:
         best: tuple[float, list[Factor]] = float("inf"), []
         options: list[Factor] = [1.0, *names]
         for chosen in itertools.product(options, repeat=len(terms)) if names else ():
-            error = misfit(sum_of([self._value(f) for f in chosen], terms), total, *terms)
+            error = self._misfit(chosen, total, terms)
             if error < best[0]:
                 best = error, list(chosen)
         return best
@@ -283,14 +303,21 @@ class _Block:
         tensor = self._tensors()[factor].detach().double()
         return float(tensor) if tensor.numel() == 1 else tensor
 
-    def _named(self, value: float) -> Factor:
-        """What a measured factor is: 1, or the nearest parameter, attribute or config entry; else as measured."""
-        options: list[tuple[float, Factor]] = [(1.0, 1.0)]
-        options += [(float(t), name) for name, t in self._tensors().items() if t.numel() == 1]
+    def _own(self) -> list[tuple[float, Factor]]:
+        """What a factor may be: 1, or a parameter or buffer of the block."""
+        return [(1.0, 1.0), *((float(t), name) for name, t in self._tensors().items() if t.numel() == 1)]
+
+    def _configured(self) -> list[tuple[float, Factor]]:
+        """What else it may be: a number that the block or the config holds, or one over it."""
+        found: list[tuple[float, Factor]] = []
         for owner in (self.block.module, self.config):
             for name, given in sorted(vars(owner).items()):
                 if isinstance(given, float) and given and not name.startswith("_"):
-                    options += [(given, given), (1 / given, 1 / given)]
+                    found += [(given, given), (1 / given, 1 / given)]
+        return found
+
+    def _nearest(self, value: float, options: list[tuple[float, Factor]]) -> Factor:
+        """The nearest option, if it is near; else the value as measured."""
         away, factor = min(((abs(number - value), factor) for number, factor in options), key=lambda o: o[0])
         return factor if away <= max(self.tolerance, 1e-7) * abs(value) else value
 

@@ -76,6 +76,8 @@ def _proof_taps(model: OpenedModel) -> Iterator[Tap]:
         yield Tap("block_out", layer)
         if row.attn_kind != "none":
             yield Tap("attn_raw", layer)
+        if row.attn_kind == "attention":
+            yield Tap("attn_read", layer)
         if row.mlp_kind != "none":
             yield Tap("mlp_raw", layer)
             yield Tap("mlp_read", layer)
@@ -88,6 +90,7 @@ def closures(rec: Recording, values: Values) -> Iterator[Closure]:
     for line, identity, check in (
         ("1", "carried resid_pre + attn_out + mlp_out = resid_post", _block),
         ("8", "norm of resid_mid (resid_pre in a parallel block) = what the MLP reads", _read),
+        ("8", "norm of resid_pre = what attention reads", _attended),
         ("2", "sum of coefficient x w_out + bias = the down-projection's output", _neurons),
         ("3", "sum of alpha v over sources, gated = W_O's input", _sources),
         ("3", "sum of heads through W_O + bias = W_O's output", _heads),
@@ -170,6 +173,14 @@ def _read(rec: Recording, values: Values, layer: int) -> float | None:
         return None
     made = rec.model.norm(layer, "mlp_norm")(read_by(rec, layer, "mlp"))
     return relative(made, _at(rec, values, "mlp_read", layer), made)
+
+
+def _attended(rec: Recording, values: Values, layer: int) -> float | None:
+    """What attention reads, against its norm of the block's input."""
+    if rec.model.block(layer).attn_kind != "attention":
+        return None
+    made = rec.model.norm(layer, "attn_norm")(read_by(rec, layer, "attn"))
+    return relative(made, _at(rec, values, "attn_read", layer), made)
 
 
 def _neurons(rec: Recording, values: Values, layer: int) -> float | None:

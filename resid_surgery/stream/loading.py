@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import torch
+
+from resid_surgery.errors import ResidSurgeryError, UnsupportedModelError
 from resid_surgery.models.layout import Layout
 from resid_surgery.models.opening import OpenedModel, open_model
 from resid_surgery.models.settling import settle
@@ -49,6 +52,16 @@ def load(
         trust_remote_code=trust_remote_code,
         layout=anatomy,
     )
-    settle(opened)
-    prove(opened)
+    try:
+        settle(opened)
+        prove(opened)
+    except (ResidSurgeryError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if anatomy is None:
+            raise
+        raise UnsupportedModelError(
+            f"{opened.name} does not fit the layout that was given ({type(error).__name__}: {error}). Compare it with "
+            "what the model's modules are called and with what they return."
+        ) from error
     return opened

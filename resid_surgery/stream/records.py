@@ -14,7 +14,7 @@ from torch import Tensor
 from resid_surgery.errors import ClosureError
 from resid_surgery.models.attention import AttentionCall, ExpertsCall
 from resid_surgery.models.opening import OpenedModel
-from resid_surgery.models.tracing import Tap, TapName, Values
+from resid_surgery.models.tracing import Tap, TapName, Values, mixing
 
 STREAM: tuple[TapName, ...] = ("block_in", "attn_add", "mlp_add")
 
@@ -105,9 +105,9 @@ def layer_taps(model: OpenedModel, layer: int) -> list[Tap]:
     if row.mlp_kind == "neurons":
         names += ["coef", *(f"key{i}" for i in range(len(row.keys)))]
     if row.mlp_kind == "experts":
-        names += ["experts_call", "experts_out"]
+        names += ["experts_call"]
         if row.shared_out is not None:
-            names += ["shared_coef", "shared_raw", *(f"shared_key{i}" for i in range(len(row.shared_keys)))]
+            names += ["shared_coef", *(f"shared_key{i}" for i in range(len(row.shared_keys)))]
     if row.mlp_kind != "none":
         names += ["mlp_add"] + ["mlp_raw"] * (row.mlp_post_norm is not None)
     return [Tap(name, layer) for name in names]  # type: ignore[arg-type]
@@ -140,7 +140,7 @@ def layer_record(model: OpenedModel, layer: int, values: Values, r: int, t: int,
         mlp_out=scaled(model, layer, "mlp", added["mlp"]),
         mlp_raw=raw["mlp"],
         attention=attention_record(model, layer, values, r, t) if row.attn_kind == "attention" else None,
-        groups=tuple(neuron_groups(model, layer, values, r, raw["mlp"])),
+        groups=tuple(neuron_groups(model, layer, values, r)),
     )
 
 
@@ -170,7 +170,7 @@ def gate_between(mix: Float[Tensor, "*n"], z: Float[Tensor, "*n"]) -> Float[Tens
     return torch.where(below == 0, torch.zeros_like(below), z.to(work) / torch.where(below == 0, 1.0, below))
 
 
-def neuron_groups(model: OpenedModel, layer: int, values: Values, r: int, raw: Tensor) -> Iterator[NeuronGroup]:
+def neuron_groups(model: OpenedModel, layer: int, values: Values, r: int) -> Iterator[NeuronGroup]:
     """The neurons of a layer's MLP that are active in row r."""
     row = model.block(layer)
 
@@ -183,31 +183,19 @@ def neuron_groups(model: OpenedModel, layer: int, values: Values, r: int, raw: T
     if row.mlp_kind != "experts":
         return
     call: ExpertsCall = values[Tap("experts_call", layer)]
-    routed, shared = mixing_factors(raw, at("experts_out"), at("shared_raw") if row.shared_out else None)
-    experts = model.experts(layer)
-    states = call.states[r, 0]
-    for expert, weight in zip(call.index[r, 0].tolist(), call.weight[r, 0], strict=True):
-        if expert < experts.count:
-            pre = experts.pre_activations(states, expert)
-            made = experts.coefficient(pre)
-            yield NeuronGroup(expert=expert, factor=routed * float(weight), pre_activations=pre, coefficient=made)
+    states, experts = call.states[r, 0], model.experts(layer)
+    (routed,), (shared,) = mixing(model, layer, states[None])
+    weights: dict[int, float] = {}
+    for expert, weight in zip(call.index[r, 0].tolist(), call.weight[r, 0].tolist(), strict=True):
+        if expert < experts.count:  # beyond: a slot that no expert fills
+            weights[expert] = weights.get(expert, 0.0) + weight
+    for expert, weight in weights.items():
+        pre = experts.pre_activations(states, expert)
+        yield NeuronGroup(expert=expert, factor=routed * weight, pre_activations=pre,
+                          coefficient=experts.coefficient(pre))  # fmt: skip
     if row.shared_out:
         keys = tuple(at(f"shared_key{i}") for i in range(len(row.shared_keys)))
         yield NeuronGroup(expert="shared", factor=shared, pre_activations=keys, coefficient=at("shared_coef"))
-
-
-def mixing_factors(
-    total: Float[Tensor, " d_model"], routed: Float[Tensor, " d_model"], shared: Float[Tensor, " d_model"] | None
-) -> tuple[float, float]:
-    """The numbers with total = a * routed + b * shared, both 1 where that already fits."""
-    terms = [routed.double()] + ([] if shared is None else [shared.double()])
-    a = torch.stack(terms, 1)
-    b = total.double()
-    eps = torch.finfo(total.dtype).eps
-    if float((a.sum(1) - b).abs().max()) <= 4 * eps * float(a.abs().max()):
-        return 1.0, 1.0
-    solved = torch.linalg.lstsq(a, b[:, None]).solution[:, 0].tolist()
-    return solved[0], solved[1] if len(solved) == 2 else 0.0
 
 
 def attention_row(call: AttentionCall, row: int, t: int) -> Float[Tensor, "head source"]:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from resid_surgery.errors import InterventionError
 from resid_surgery.models.attention import AttentionCall, ExpertsCall
-from resid_surgery.models.tracing import Tap, TapName, Values, forward
+from resid_surgery.models.tracing import Tap, TapName, Values, forward, mixing
 from resid_surgery.sites import AttnNeuron, ExpertNeuron, Head, HeadSource, Neuron, Resid, SharedNeuron, Site, Sublayer
 from resid_surgery.stream.closing import relative
 from resid_surgery.stream.recording import Recording, closure_tolerance
-from resid_surgery.stream.records import attention_row, gate_between, mixing_factors, repeat_kv
+from resid_surgery.stream.records import attention_row, gate_between, repeat_kv
 from resid_surgery.surgery.interventions import Operation
 
 TOKENS_A_CHUNK = 512
@@ -101,6 +101,7 @@ class _Batch:
         self.placed: dict[Tap, list[tuple[int, Operation]]] = {}
         self.shares: dict[tuple[int, int, int, int, int], Tensor] = {}
         self.found: dict[Tap, Tensor] = {}
+        self.experts_left: dict[tuple[int, int, ExpertNeuron], Tensor] = {}
         self.in_mixture: list[dict[int, list[tuple[str, Tensor]]]] = [{} for _ in self.rows]
         for row, ops in enumerate(self.rows):
             for op in ops:
@@ -131,15 +132,27 @@ class _Batch:
         reads += [Tap(f"{part}_raw", layer) for layer, part in operated]  # type: ignore[arg-type]
         for layer, part in operated:
             if part == "mlp" and model.block(layer).mlp_kind == "experts":
-                reads += [Tap("experts_out", layer)]
-                reads += [Tap("shared_raw", layer)] * (model.block(layer).shared_out is not None)
+                reads += [Tap("experts_call", layer)]
         device = model.shadow.get_input_embeddings().weight.device  # type: ignore[operator]
         ids = torch.tensor([self.rec.prompt.ids], device=device).repeat(len(self.rows), 1)
         writes = {tap: self._writer(tap, ops) for tap, ops in self.placed.items()}
         values = forward(model, ids, reads, writes, at=self.t, everywhere=self.everywhere)
+        self._weigh(values)
         runs = [self._run_of(row, values, operated) for row in range(len(self.rows))]
         self._check_fired(runs)
         return runs
+
+    def _weigh(self, values: Values) -> None:
+        """Turn what was done inside mixtures into changes of the MLP's output, by this run's weights."""
+        for row, layers in enumerate(self.in_mixture):
+            for layer, vectors in layers.items():
+                call = values[Tap("experts_call", layer)]
+                at = self.t if Tap("experts_call", layer) in self.everywhere else 0
+                (routed,), (shared,) = mixing(self.model, layer, call.states[row, at][None])
+                change = self.changes[row].setdefault((layer, "mlp"), Change())
+                for kind, vector in vectors:
+                    made = vector * (shared if kind == "shared" else routed)
+                    change.raw = made if change.raw is None else change.raw + made
 
     def _run_of(self, row: int, values: Values, operated: set[tuple[int, str]]) -> Run:
         work, n_layers = self.rec.work, self.model.anatomy.n_layers
@@ -154,13 +167,6 @@ class _Batch:
                 return torch.zeros_like(at("block_in", 0))
             return at(f"{part}_add", layer) * self.model.factor(layer, f"{part}_scale")
 
-        for layer, vectors in self.in_mixture[row].items():
-            shared = at("shared_raw", layer) if Tap("shared_raw", layer) in values else None
-            routed, weight = mixing_factors(at("mlp_raw", layer), at("experts_out", layer), shared)
-            change = self.changes[row].setdefault((layer, "mlp"), Change())
-            for kind, vector in vectors:
-                made = vector * (weight if kind == "shared" else routed)
-                change.raw = made if change.raw is None else change.raw + made
         scale = self.model.anatomy.layout.logit_scale
         return Run(
             embed=at("block_in", 0),
@@ -198,12 +204,17 @@ class _Batch:
             before, region = at.clone(), at
             carried = self.rec.work(seen[Tap("block_in", tap.layer)][row, op.position])
             mid = carried * self.model.factor(tap.layer, "attn_carry") + self.rec.work(before) * units
-            region += ((_left(op, mid) - mid) / units).to(at)  # as a difference: Scale(1) is exactly nothing
+            left = _left(op, mid)
+            if op.value is None and op.factor:  # as a difference: Scale(1) is exactly nothing
+                region += ((left - mid) / units).to(at)
+            else:
+                region.copy_((left - carried * self.model.factor(tap.layer, "attn_carry")) / units)
         elif isinstance(op.site, ExpertNeuron):
             before, region = at.clone(), at
             share, one = self._expert_share(row, op, op.site, seen)
             left = share * op.factor if op.value is None else one * op.value.to(one)
             region += (left - share).to(at)
+            self.experts_left[row, op.position, op.site] = left
         else:
             region, part = self._region(op, at, seen, row)
             before = region.clone()
@@ -232,10 +243,11 @@ class _Batch:
                 f"{op.origin!r} cannot act: in this run layer {site.layer} routes position {op.position} to experts "
                 f"{index.tolist()}, not to {site.expert}."
             )
-        pre = experts.pre_activations(call.states[row, op.position], site.expert)
-        coefficient = experts.coefficient(tuple(pre))[site.index]
         one = work(weight[chosen].sum()) * work(experts.out(site.expert).rows[site.index])
-        return one * work(coefficient), one
+        if (row, op.position, site) not in self.experts_left:  # else as earlier operations of this row left it
+            pre = experts.pre_activations(call.states[row, op.position], site.expert)
+            self.experts_left[row, op.position, site] = one * work(experts.coefficient(pre)[site.index])
+        return self.experts_left[row, op.position, site], one
 
     def _region(self, op: Operation, at: Tensor, seen: Values, row: int) -> tuple[Tensor, Tensor | None]:
         """The view that an operation writes, and the share of it that it addresses (None: all)."""

@@ -226,7 +226,8 @@ def _operations(rec: Recording, one: Intervention) -> list[Operation]:
                 continue  # causal: there is nothing from a later source
             raise SiteError(f"`{site}` has no source {source} at position {position}: attention is causal.")
         factor, value, steer = 1.0, None, None
-        if isinstance(site, ExpertNeuron) and position == rec.prompt.position and not isinstance(one, Steer):
+        here = position == rec.prompt.position and one.positions != "all"
+        if isinstance(site, ExpertNeuron) and here and not isinstance(one, Steer):
             need_group(rec, site)
         if isinstance(one, Zero):
             factor = 0.0
@@ -298,7 +299,7 @@ def _donor_value(one: Patch, site: Site, position: int) -> Tensor:
 
 def _value_at_target(donor: Recording, site: Site) -> Tensor:
     if isinstance(site, (Neuron, ExpertNeuron, SharedNeuron)):
-        return donor.work(need_group(donor, site).coefficient[neuron_place(site)[1]])
+        return donor.work(need_group(donor, site, f"{site} of the donor").coefficient[neuron_place(site)[1]])
     if isinstance(site, Head):
         return donor.work(attention_of(donor, site.layer, str(site)).z[site.head])
     if isinstance(site, HeadSource):
