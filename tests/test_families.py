@@ -18,6 +18,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import resid_surgery as rs
 from resid_surgery.evidence.families import STATUSES, families_markdown, features_of, try_family
+from resid_surgery.models.calls import misfit
+from resid_surgery.models.ends import solve, sum_of
 from resid_surgery.models.zoo import NotBuildableError, causal_types, loud, tiny
 from resid_surgery.stream.subvalues import neuron_site
 
@@ -680,3 +682,33 @@ def test_a_model_that_cannot_be_copied_says_why():
     module.register_forward_hook(Counter().count)
     with pytest.raises(rs.UnsupportedModelError, match="cannot be copied"):
         rs.load(module)
+
+
+def test_fits_are_right_for_columns_of_zeros_and_for_columns_alike():
+    generator = torch.Generator().manual_seed(0)
+    x, m = torch.randn(2, 6, 24, generator=generator)
+    for terms in ([x, 0 * x, m], [0 * x, x, m], [x, m, 0 * x]):
+        factors = solve(x + m, terms)
+        assert misfit(sum_of(factors, terms), (x + m).double()) <= 1e-6
+        assert [f for f, t in zip(factors, terms, strict=True) if t.any()] == [pytest.approx(1)] * 2
+    assert misfit(sum_of(solve(2 * x, [x, x]), [x, x]), 2 * x.double()) <= 1e-6
+
+
+@pytest.mark.parametrize("model_type", ["beam", "doge", "gemma4"])
+def test_located_bs_values_are_read_off_the_final_stream(model_type):
+    _, rec = opened(model_type)
+    for kind, grain in (("neuron", "neuron"), ("head_source", "head_source"), ("layer", "layer")):
+        found = rs.locate(rec, k=5, kind=kind).table
+        ledger = rs.decompose(rec, grain=grain).set_index("site")["bs_target"]
+        assert found["bs_target"].tolist() == [pytest.approx(ledger[s], rel=1e-4, abs=1e-6) for s in found["site"]]
+
+
+@pytest.mark.parametrize("model_type", ["beam", "doge", "gemma4", "cohere", "granite"])
+def test_patching_states_from_a_donor_at_every_position_gives_the_donors_stream(model_type):
+    model, rec = opened(model_type)
+    donor = rs.record(model, rs.Prompt(ids=[8, 2, 60, 11, 30, 19], target=3), positions="all")
+    stages = ["pre", "mid", "post"] if model.anatomy.between(1) else ["pre", "post"]
+    for stage in stages:
+        sites = [f"L1.resid_{stage}"] if stage != "mid" else ["L1.resid_mid"]
+        effect = rs.intervene(rec, rs.Patch(sites, donor=donor, positions="all"))
+        same_logits(effect.after.logits.float(), donor.logits.float())

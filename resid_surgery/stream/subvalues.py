@@ -265,28 +265,20 @@ def state_of(rec: Recording, layer: int, part: str) -> Float[Tensor, " d_model"]
     return state if isinstance(carry, float) and carry == 1.0 else state * carry
 
 
-def candidates(rec: Recording, kind: str, layer: int, *, final: bool = False) -> list[tuple[str, Block]]:
+def candidates(rec: Recording, kind: str, layer: int) -> list[tuple[str, Block]]:
     """(part, block) of the subvalues of one kind in one layer, as they enter the stream there.
 
-    Args:
-        rec: a recording. kind, layer: of what. final: as they reach the final stream instead.
-
-    Returns:
-        Nothing for a layer that has none of that kind (a state-space layer has no heads).
+    Nothing for a layer that has none of that kind (a state-space layer has no heads).
     """
     row = rec.model.block(layer)
     if kind == "layer":
-        return [
-            (part, block)
-            for part in ("attn", "mlp")
-            for block in sublayer_blocks(rec, layer, part, "layer", rec.reach(layer, part) if final else 1.0)
-        ]
+        return [(part, one) for part in ("attn", "mlp") for one in sublayer_blocks(rec, layer, part, "layer", 1.0)]
     if kind == "neuron":
-        return [("mlp", neuron_block(rec, layer, final=final))] if row.mlp_kind in ("neurons", "experts") else []
+        return [("mlp", neuron_block(rec, layer))] if row.mlp_kind in ("neurons", "experts") else []
     if row.attn_kind != "attention":
         return []
     build = {"head": head_block, "head_source": head_source_block, "attn_neuron": attn_neuron_block}[kind]
-    return [("attn", build(rec, layer, final=final))]
+    return [("attn", build(rec, layer))]
 
 
 def vector_of(rec: Recording, site: Site) -> Float[Tensor, " d_model"]:
