@@ -19,8 +19,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 import resid_surgery as rs
 from resid_surgery.evidence.families import STATUSES, families_markdown, features_of, try_family
 from resid_surgery.models.calls import misfit
-from resid_surgery.models.ends import solve, sum_of
-from resid_surgery.models.zoo import NotBuildableError, causal_types, loud, tiny
+from resid_surgery.models.ends import solve, weighted_sum
+from resid_surgery.models.zoo import causal_types, loud, tiny
 from resid_surgery.stream.subvalues import neuron_site
 
 VERIFIED = """
@@ -70,6 +70,7 @@ REFUSED = {
     "is no norm": ["zaya"],
     "no norm reads the stream": ["inkling2_text"],
 }  # fmt: skip
+README = Path(__file__).parent.parent / "README.md"
 # One for each way in which naive code goes wrong; float64, bfloat16, float16 and sdpa are tried on these.
 FEW = ("afmoe", "beam", "bitnet", "bloom", "cohere", "deepseek_v3", "diffllama", "doge", "exaone4", "falcon", "gemma3",
        "gemma4", "gpt_oss", "granitemoeshared", "gptj", "minicpm3", "mixtral", "nemotron_h", "olmo2", "phi3",
@@ -127,12 +128,11 @@ def test_every_dtype_closes_within_what_it_allows(model_type, dtype):
 
 @pytest.mark.parametrize("model_type", FEW)
 def test_the_attention_implementation_makes_no_difference(model_type):
-    try:
-        tiny(model_type, attn_implementation="sdpa")
-    except (NotBuildableError, ValueError):
-        pytest.skip("transformers has no sdpa for this type")
     found = tried(model_type, torch.float32, "sdpa")
-    assert found.status in ("verified", "hybrid"), found.reason
+    if model_type in ("bloom", "gpt_oss", "gptj"):  # transformers has eager attention only for these
+        assert found.status == "not buildable"
+    else:
+        assert found.status in ("verified", "hybrid"), found.reason
 
 
 # What interventions do, against plain hooks.
@@ -459,8 +459,12 @@ def test_a_private_architecture_is_read_by_a_row_of_the_users():
 
 
 def test_the_readmes_table_is_the_commands_output():
-    table = pd.DataFrame([vars(tried(t)) for t in causal_types()])
-    assert families_markdown(table) in (Path(__file__).parent.parent / "README.md").read_text()
+    table, readme = pd.DataFrame([vars(tried(t)) for t in causal_types()]), README.read_text()
+    assert families_markdown(table) in readme
+    said = (
+        f"Of the {len(table)} causal-LM types that transformers 5.23 registers, {len(VERIFIED)} are verified at every"
+    )
+    assert f"{said} grain and {len(HYBRIDS)} more are" in " ".join(readme.split())
 
 
 def test_features_and_the_table():
@@ -689,9 +693,9 @@ def test_fits_are_right_for_columns_of_zeros_and_for_columns_alike():
     x, m = torch.randn(2, 6, 24, generator=generator)
     for terms in ([x, 0 * x, m], [0 * x, x, m], [x, m, 0 * x]):
         factors = solve(x + m, terms)
-        assert misfit(sum_of(factors, terms), (x + m).double()) <= 1e-6
+        assert misfit(weighted_sum(factors, terms), (x + m).double()) <= 1e-6
         assert [f for f, t in zip(factors, terms, strict=True) if t.any()] == [pytest.approx(1)] * 2
-    assert misfit(sum_of(solve(2 * x, [x, x]), [x, x]), 2 * x.double()) <= 1e-6
+    assert misfit(weighted_sum(solve(2 * x, [x, x]), [x, x]), 2 * x.double()) <= 1e-6
 
 
 @pytest.mark.parametrize("model_type", ["beam", "doge", "gemma4"])

@@ -17,7 +17,7 @@ from resid_surgery.stream.subvalues import GRAINS, vector_of
 def test_shares_and_constant_sum_to_each_measured_pre_activation(family, dtype, prompt, grain, layer, k, top):
     rec = rs.record(shared(family, dtype), prompt)
     table = rs.sources(rec, rs.Neuron(layer, k), grain=grain, top=top)
-    assert set(table["key"]) == set(rec.model.anatomy.key_names(layer))
+    assert set(table["key"]) == set(rec.layers[layer].groups[0].key_names)
     (neurons,) = rec.layers[layer].groups
     for i, (_, rows) in enumerate(table.groupby("key", sort=False)):
         measured = float(neurons.pre_activations[i][k])
@@ -34,7 +34,7 @@ def test_shares_equal_nested_loops(family, prompt, layer, k):
     rec = rs.record(model, prompt)
     seen = oracle.capture(model.module, family, list(prompt.ids), rec.prompt.position)
     table = rs.sources(rec, rs.Neuron(layer, k), grain="subvalue", top=10**6)
-    keys = {name: i for i, name in enumerate(model.anatomy.key_names(layer))}
+    keys = {name: i for i, name in enumerate(rec.layers[layer].groups[0].key_names)}
     written = table[~table["kind"].isin(["constant", "remainder", "bias"])]
     for _, row in written.sample(min(6, len(written)), random_state=0).iterrows():
         u = vector_of(rec, rs.parse_site(row["writer"])).tolist()

@@ -23,7 +23,7 @@ from torch import Tensor
 from resid_surgery import _check
 from resid_surgery.errors import SiteError
 from resid_surgery.models.parts import Norm
-from resid_surgery.models.tracing import routing
+from resid_surgery.models.tracing import mixing, routing
 from resid_surgery.sites import ExpertNeuron, Neuron, SharedNeuron, as_sites
 from resid_surgery.stream.blocks import Block, Numbering
 from resid_surgery.stream.closing import coefficient_from
@@ -129,11 +129,6 @@ class _Reader:
         return cls(rec, site, group, norm, state, norm.scale(state), torch.stack(keys), torch.stack(constants))
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Names of its keys."""
-        return ("gate", "up") if len(self.keys) == 2 else ("up",)
-
-    @property
     def directions(self) -> Float[Tensor, "key d_model"]:
         """K / s for every key."""
         return self.norm.pull(self.keys, self.scale)
@@ -148,33 +143,26 @@ class _Reader:
     def without(self, removed: Float[Tensor, "n d_model"], norm: str) -> Float[Tensor, " n"]:
         """Coefficients when each removed vector is left out of what the keys read."""
         rest = self.state - removed
-        pre = (self.norm.linear(rest, self._scale_of(rest, norm)) @ self.keys.T + self.constants).to(
-            self.rec.model.dtype
-        )
-        model, layer = self.rec.model, self.site.layer
-        if not (self.group.expert is None and model.has(layer, "coef_norm")):
-            columns = tuple(column[:, None] for column in pre.T)
-            return coefficient_from(model, layer, self.group, columns)[:, 0].to(rest)
+        read = self.norm.linear(rest, self._scale_of(rest, norm))
+        pre = (read @ self.keys.T + self.constants).to(self.rec.model.dtype)
+        model, layer, index = self.rec.model, self.site.layer, self.site.index
+        columns = tuple(column[:, None] for column in pre.T)
+        alone = coefficient_from(model, layer, self.group, columns, plain=True)[:, 0].to(rest)
+        if self.group.expert is not None or not model.has(layer, "coef_norm"):
+            return alone
         # a norm over all coefficients stands before the down-projection: its scale is kept
-        index = self.site.index
         made = coefficient_from(model, layer, self.group, plain=True)[index].to(rest)
-        gain = self.group.coefficient[index].to(rest) / made if made else torch.zeros_like(made)
-        alone = coefficient_from(model, layer, self.group, tuple(column[:, None] for column in pre.T), plain=True)
-        return alone[:, 0].to(rest) * gain
+        return alone * (self.group.coefficient[index].to(rest) / made if made else torch.zeros_like(made))
 
     def weights(self, removed: Float[Tensor, "n d_model"], norm: str, router: str) -> list[float]:
         """What multiplies the neuron's expert when each removed vector is left out of what the router reads."""
         if router == "fixed" or not isinstance(self.group.expert, int):
             return [self.group.factor] * len(removed)
-        rest = self.state - removed
+        model, layer, rest = self.rec.model, self.site.layer, self.state - removed
         read = self.norm.linear(rest, self._scale_of(rest, norm)) + self.norm.bias
-        index, weight = routing(self.rec.model, self.site.layer, torch.cat([self._read()[None], read]))
-        own = (weight * (index == self.group.expert)).sum(-1)
-        return [float(w) for w in own[1:] * (self.group.factor / own[0])]
-
-    def _read(self) -> Tensor:
-        """What the MLP reads in the recording."""
-        return self.norm.linear(self.state, self.scale) + self.norm.bias
+        index, weight = routing(model, layer, read)
+        (routed,), _ = mixing(model, layer, (self.norm.linear(self.state, self.scale) + self.norm.bias)[None])
+        return [float(w) * routed for w in (weight * (index == self.group.expert)).sum(-1)]
 
     def table(
         self, blocks: list[Block], shares: list[Tensor], *, grain: str, top: int, norm: str, router: str
@@ -191,7 +179,7 @@ class _Reader:
         names = [str(numbering.site(i)) for i in listed.tolist()]
         kinds = [blocks[numbering.place(i)[0]].kind for i in listed.tolist()]
         rows = []
-        for key, (name, chosen, values) in enumerate(zip(self.names, picked, shares, strict=True)):
+        for key, (name, chosen, values) in enumerate(zip(self.group.key_names, picked, shares, strict=True)):
             at = key * len(chosen)
             shown = values[chosen]
             for i, share in enumerate(shown.tolist()):

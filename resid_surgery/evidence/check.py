@@ -182,9 +182,8 @@ def _effects(rec: Recording) -> Iterator[Closure]:
     """Line 9 for a no-op, a neuron of every kind, a (head, source) pair, a head and a sublayer; line 11."""
     tol, size = closure_tolerance(rec.model), float(rec.bs_values.abs().max())
     neurons, rows = _tried(rec)
-    effects = dict(zip(rows, intervene_each(rec, [Scale(neurons[0] if neurons else "embed", 1.0), *rows.values()],
-                                            movers=3)[1:], strict=True))  # fmt: skip
-    noop = intervene_each(rec, [Scale(neurons[0] if neurons else "embed", 1.0)], movers=3)[0]
+    noop, *tried = intervene_each(rec, [Scale(neurons[0] if neurons else "embed", 1.0), *rows.values()], movers=3)
+    effects = dict(zip(rows, tried, strict=True))
     yield Closure("9", "a no-op changes no column", None,
                   float(noop.table[["bs_change", *PARTS]].abs().max().max()) / size, tol)  # fmt: skip
     for name, effect in effects.items():

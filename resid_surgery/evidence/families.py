@@ -6,11 +6,8 @@ attention weights and are one addend each. Everything else is refused with a rea
 built from its config.
 """
 
-import logging
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -21,7 +18,7 @@ from resid_surgery._check import choice
 from resid_surgery.errors import ArgumentError, UnsupportedModelError
 from resid_surgery.evidence.check import check
 from resid_surgery.models.anatomy import Anatomy
-from resid_surgery.models.zoo import NotBuildableError, causal_types, tiny
+from resid_surgery.models.zoo import NotBuildableError, causal_types, quiet, tiny
 from resid_surgery.stream.loading import load
 
 STATUSES = ("verified", "hybrid", "refused", "not buildable", "wrong")
@@ -95,7 +92,7 @@ def try_family(model_type: str, dtype: torch.dtype = torch.float32, **changes: A
               reason: str = "") -> Family:  # fmt: skip
         return Family(model_type, name, status, features, lines, worst, reason, time.perf_counter() - start)
 
-    with _quiet():
+    with quiet():
         try:
             module = tiny(model_type, dtype=dtype, **changes)
         except NotBuildableError as error:
@@ -159,16 +156,3 @@ def _short(reason: str) -> str:
     """The reason of a refusal without the model's name, which the row gives."""
     head, found, tail = reason.partition(" is refused: ")
     return (tail if found else head).rstrip(".")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings about tiny random models."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from resid_surgery.errors import SiteError, UnsupportedModelError
 from resid_surgery.models.experts import experts_of
 from resid_surgery.models.layout import BlockLayout, Layout, split_key
-from resid_surgery.models.parts import NormForm, linear_map, measure_norm, require_plain
+from resid_surgery.models.parts import NormForm, attribute, linear_map, measure_norm, require_plain
 
 NORM_PARTS = ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm")
 
@@ -119,7 +119,7 @@ class Anatomy:
     @property
     def gated(self) -> bool:
         """Whether a neuron has two keys (gate and up)."""
-        return any(self.key_names(layer) == ("gate", "up") for layer in range(self.n_layers))
+        return any(len(row.keys) == 2 or len(row.shared_keys) == 2 for row in self.blocks())
 
     def block(self, layer: int) -> BlockLayout:
         """The block layout of one layer."""
@@ -129,12 +129,6 @@ class Anatomy:
         """The distinct kinds of block."""
         block = self.layout.block
         return (block,) if isinstance(block, BlockLayout) else tuple(dict.fromkeys(block))
-
-    def key_names(self, layer: int) -> tuple[str, ...]:
-        """Names of a dense (or shared) neuron's keys, in forward order."""
-        row = self.block(layer)
-        keys = row.shared_keys if row.mlp_kind == "experts" else row.keys
-        return ("gate", "up") if len(keys) == 2 else ("up",) if keys else ()
 
     def between(self, layer: int) -> bool:
         """Whether there is a state between a layer's two writers."""
@@ -300,28 +294,17 @@ def _require_callables(
     """Refuse activations and factors that are not what a layout says they are."""
     block = part(layer, "")
     for path in (row.activation, row.shared_activation):
-        if path is not None and not callable(_attribute(block, path)):
+        if path is not None and not callable(attribute(block, path)):
             raise UnsupportedModelError(f"layer {layer} of {name} has no activation {path}, which its layout names.")
     for field in ("attn_scale", "mlp_scale", "attn_carry", "mlp_carry"):
         path = getattr(row, field)
         if isinstance(path, str):
-            tensor = _attribute(block, path)
+            tensor = attribute(block, path)
             if not isinstance(tensor, Tensor) or not (tensor.numel() == 1 or tensor.shape == (d_model,)):
                 raise UnsupportedModelError(
                     f"`{field}` of layer {layer} of {name} must be a number, or the path of a parameter or buffer with "
                     f"one number or {d_model}; got {path!r}."
                 )
-
-
-def _attribute(block: nn.Module, path: str) -> Any:
-    """What a path names inside a block, or a function of torch (":silu"); None if nothing."""
-    if path.startswith(":"):
-        return getattr(nn.functional, path[1:], None)
-    owner, _, leaf = path.rpartition(".")
-    try:
-        return getattr(block.get_submodule(owner) if owner else block, leaf, None)
-    except AttributeError:
-        return None
 
 
 def _projections(row: BlockLayout) -> Iterator[tuple[str, str]]:

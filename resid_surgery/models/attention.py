@@ -105,19 +105,7 @@ def attention_call(kind: str, value: Any, rows: int, at: int | None) -> Attentio
         given = dict(zip(names, args, strict=False)) | kwargs
     mask = given.get("attention_mask", given.get("attn_mask"))
     query, key = given.get("query"), given.get("key")
-    known = {
-        "module",
-        "query",
-        "key",
-        "value",
-        "attention_mask",
-        "attn_mask",
-        "scaling",
-        "softcap",
-        "s_aux",
-        *_HARMLESS,
-    }
-    extra = tuple(sorted(k for k, v in kwargs.items() if k not in known and v is not None))
+    extra = tuple(sorted(k for k, v in kwargs.items() if k not in _KNOWN and v is not None))
     if extra and kind == "interface":
         weights = _weights_of_own(given, {k: kwargs[k] for k in kwargs if k in extra or k in ("softcap", "s_aux")})
     first = 0 if at is None else at

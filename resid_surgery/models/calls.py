@@ -99,6 +99,12 @@ def watch(module: nn.Module, ids: Tensor) -> list[Call]:
     return calls
 
 
+def norm_before(calls: Iterable[Call], read: Tensor | None, start: int) -> Call | None:
+    """The norm that made what is read at `start`: the last one before it, where several give the same."""
+    made = [c for c in calls if c.norm and c.end < start and same(c.y, read)]
+    return made[-1] if made else None
+
+
 def first_floating(values: Iterable[Any]) -> Tensor | None:
     """The first floating-point tensor among values, looking into tuples and lists."""
     for value in values:

@@ -80,12 +80,12 @@ def read_head(
         raise UnreadableError("no projection to the vocabulary follows the final norm")
     head = heads[-1]
     logits = flatten(calls[-1].y)
-    if head.x is None or head.x.shape != norm.y.shape or head.y is None or logits is None:
-        before = float("inf")
-    else:
-        before = solve(head.x, [norm.y])[0]
-        before = 1.0 if same(head.x, norm.y) else before
-    if head.x is None or head.y is None or logits is None or not close(norm.y * before, head.x, tolerance):
+    assert head.x is not None
+    assert head.y is not None
+    assert logits is not None
+    reads = head.x.shape == norm.y.shape
+    before = 1.0 if not reads or same(head.x, norm.y) else solve(head.x, [norm.y])[0]
+    if not close(norm.y * before, head.x, tolerance):
         raise UnreadableError(
             f"{head.path} does not read the final norm's output: the head is not linear after one norm"
         )
@@ -114,6 +114,6 @@ def solve(total: Tensor, terms: Sequence[Tensor]) -> list[float]:
     return [float(v) for v in torch.linalg.lstsq(a, total.double().cpu().reshape(-1, 1), driver="gelsd").solution[:, 0]]
 
 
-def sum_of(factors: Sequence[Tensor | float], terms: Sequence[Tensor]) -> Tensor:
+def weighted_sum(factors: Sequence[Tensor | float], terms: Sequence[Tensor]) -> Tensor:
     """sum_i factors_i * terms_i in float64."""
     return torch.stack([term.double() * factor for factor, term in zip(factors, terms, strict=True)]).sum(0)

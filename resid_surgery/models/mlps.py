@@ -12,7 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from resid_surgery.models.calls import Call, close, flatten, same
+from resid_surgery.models.calls import Call, close, flatten, norm_before, same
 from resid_surgery.models.experts import experts_of
 
 
@@ -56,7 +56,8 @@ class Mlp:
     shared_first: bool = False
     other: str | None = None
 
-    def state(self, inside: Sequence[Call]) -> Tensor:
+    @property
+    def state(self) -> Tensor:
         """The state of the stream that it reads, before its norm."""
         return self.read if self.norm is None or self.norm.x is None else self.norm.x
 
@@ -94,31 +95,30 @@ def read_mlp(
         return _mixture(home, routed[0], within, inside, tolerance)
     if any(isinstance(p, nn.Parameter) and p.ndim == 3 for c in within for p in c.module.parameters(recurse=False)):
         return "its experts are stored or called in a way that is not known"
-    found = read_neurons(home, within, inside, _width(block), tolerance)
+    assert block.x is not None
+    found = read_neurons(home, within, inside, block.x.shape[-1], tolerance)
     if isinstance(found, str):
         return found
-    return Mlp(home.path, found.down, found.read, _norm_of(found.read, inside, found.down.start), found)
+    return Mlp(home.path, found.down, found.read, norm_before(inside, found.read, found.down.start), found)
 
 
 def read_neurons(home: Call, within: Sequence[Call], inside: Sequence[Call], d: int, tolerance: float) -> Neurons | str:
     """The dense MLP among some calls: keys, activation and down-projection that reproduce its coefficients."""
-    linear = [c for c in within if c.linear and c.x is not None and c.y is not None]
-    downs = [c for c in linear if c.y is not None and c.y.shape[-1] == d]
+    linear = {c: c.y.shape[-1] for c in within if c.linear and c.x is not None and c.y is not None}
+    downs = [c for c, width in linear.items() if width == d]
     if not downs:
         return "no projection in it writes vectors of the stream's size"
     down = max(downs, key=lambda c: c.start)
     coefficient = down.x
     assert coefficient is not None
     m = coefficient.shape[-1]
-    keys = [
-        c for c in linear if c is not down and c.end < down.start and c.y is not None and c.y.shape[-1] in (m, 2 * m)
-    ]
+    keys = [c for c, width in linear.items() if c.end < down.start and width in (m, 2 * m)]
     if not keys:
         return "no projection before its down-projection is as wide as its coefficients"
     keys = [c for c in keys if same(c.x, keys[0].x)]
     parts = {path: value for c in keys for path, value in _halves(c, m)}
     norms = [c for c in inside if c.norm and same(c.y, coefficient) and c.end < down.start]
-    for activation, act in activations(home, within, inside):
+    for activation, act in activations(home, within):
         for names, product in _products(parts, act):
             for norm in [None, *norms]:
                 wanted = coefficient if norm is None else norm.x
@@ -129,14 +129,12 @@ def read_neurons(home: Call, within: Sequence[Call], inside: Sequence[Call], d: 
     return "its coefficients are not act(gate) * up or act(up) of any activation that it holds"
 
 
-def activations(home: Call, within: Sequence[Call], inside: Sequence[Call]) -> Iterator[tuple[str, Any]]:
+def activations(home: Call, within: Sequence[Call]) -> Iterator[tuple[str, Any]]:
     """(path from the top, callable) of everything that may be the activation."""
     seen: set[str] = set()
     for call in within:
-        simple = (
-            call.leaf and not call.linear and not call.norm and not isinstance(call.module, (nn.Dropout, nn.Identity))
-        )
-        if simple and call.path not in seen:
+        passing = isinstance(call.module, (nn.Dropout, nn.Identity))
+        if call.leaf and not (call.linear or call.norm or passing) and call.path not in seen:
             seen.add(call.path)
             yield call.path, call.module
     yield from ((f":{name}", getattr(nn.functional, name)) for name in ("silu", "gelu", "relu"))
@@ -162,7 +160,9 @@ def _products(parts: dict[str, Tensor], act: Any) -> Iterator[tuple[tuple[str, .
         for gate, value in parts.items():
             try:
                 on = act(value)
-            except Exception:  # noqa: BLE001 (a callable for something else: not this MLP's activation)
+            except torch.OutOfMemoryError:
+                raise
+            except (TypeError, ValueError, RuntimeError):  # it takes something else: not this MLP's activation
                 return
             if not isinstance(on, Tensor) or on.shape != value.shape:
                 return
@@ -194,7 +194,7 @@ def _mixture(unit: Call, routed: Call, within: Sequence[Call], inside: Sequence[
     if not mixes(unit.y, terms, 10 * tolerance):
         return "its output is not its routed experts plus a multiple of one shared expert"
     first = neurons is not None and neurons.down.end < routed.start
-    return Mlp(unit.path, unit, unit.x, _norm_of(unit.x, inside, unit.start), neurons, routed.path, first)
+    return Mlp(unit.path, unit, unit.x, norm_before(inside, unit.x, unit.start), neurons, routed.path, first)
 
 
 def beside(mlps: list[Mlp]) -> list[Mlp]:
@@ -225,14 +225,3 @@ def _routing(call: Call) -> tuple[Tensor, Tensor, Tensor] | None:
         return None
     hidden, index, weight = values
     return (hidden, index, weight) if not index.is_floating_point() and index.shape == weight.shape else None
-
-
-def _norm_of(read: Tensor, inside: Sequence[Call], start: int) -> Call | None:
-    """The norm that made what is read: the last one before the reader, where several give the same."""
-    made = [c for c in inside if c.norm and c.end < start and same(c.y, read)]
-    return made[-1] if made else None
-
-
-def _width(block: Call) -> int:
-    assert block.x is not None
-    return block.x.shape[-1]

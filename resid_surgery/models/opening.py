@@ -20,7 +20,7 @@ from resid_surgery.models.checkpoints import read_checkpoint
 from resid_surgery.models.experts import Experts, experts_of
 from resid_surgery.models.fingerprint import Weights
 from resid_surgery.models.layout import BlockLayout, Layout, split_key
-from resid_surgery.models.parts import LinearMap, Norm, linear_map, require_plain
+from resid_surgery.models.parts import LinearMap, Norm, attribute, linear_map, require_plain
 from resid_surgery.models.wiring import read_layout
 
 _DTYPES = {
@@ -164,9 +164,7 @@ class OpenedModel:
         given = getattr(self.block(layer), name)
         if not isinstance(given, str):
             return float(given)
-        block = self.part(layer, "block")
-        owner, _, leaf = given.rpartition(".")
-        tensor = getattr(block.get_submodule(owner) if owner else block, leaf).detach()
+        tensor = attribute(self.part(layer, "block"), given).detach()
         return float(tensor) if tensor.numel() == 1 else tensor.to(self.device, self.work_dtype)
 
     def activation(self, layer: int, *, shared: bool = False) -> Any:
@@ -175,11 +173,7 @@ class OpenedModel:
         path = row.shared_activation if shared else row.activation
         if path is None:
             raise UnsupportedModelError(f"the layout of {self.name} names no activation for layer {layer}.")
-        if path.startswith(":"):
-            return getattr(nn.functional, path[1:])
-        owner, _, leaf = path.rpartition(".")
-        block = self.part(layer, "block")
-        return getattr(block.get_submodule(owner) if owner else block, leaf)
+        return attribute(self.part(layer, "block"), path)
 
     @property
     def unembedding(self) -> Tensor:

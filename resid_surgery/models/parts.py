@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -96,7 +96,9 @@ def measure_norm(module: nn.Module, d: int, name: str) -> NormForm:
         try:
             with torch.no_grad():
                 measured = [module(x[None])[0].double() for x in (probe, small)]
-        except Exception as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             raise UnsupportedModelError(f"{type(module).__name__} of {name} is no norm: {error}.") from error
         tolerance = 8 * max(torch.finfo(like.dtype).eps, 1.2e-7)
         for form in _forms(module):
@@ -165,3 +167,14 @@ def require_plain(weight: Tensor, where: str) -> None:
             f"{where} is stored as {weight.dtype} ({type(weight).__name__}), not as plain floating-point numbers. "
             "Load the model de-quantised (for example with dtype=torch.bfloat16)."
         )
+
+
+def attribute(block: nn.Module, path: str) -> Any:
+    """What a path names inside a block (a tensor, module or function), or a function of torch (":silu"); or None."""
+    if path.startswith(":"):
+        return getattr(nn.functional, path[1:], None)
+    owner, _, leaf = path.rpartition(".")
+    try:
+        return getattr(block.get_submodule(owner) if owner else block, leaf, None)
+    except AttributeError:
+        return None

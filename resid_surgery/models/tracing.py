@@ -174,12 +174,10 @@ def routing(model: OpenedModel, layer: int, read: Tensor) -> tuple[Tensor, Tenso
     Args:
         model: the opened model. layer: a mixture of experts. read: (n, d_model) after the MLP's norm.
     """
-    mlp = model.shadow.get_submodule(model.path(layer, "mlp"))
     with model.lock, _trace_lock, torch.no_grad():
-        traced = nnsight.NNsight(mlp)
-        experts = _envoy(traced, model.path(layer, "experts").removeprefix(model.path(layer, "mlp") + "."))
+        traced, envoys = _mlp_alone(model, layer)
         with traced.trace(read[None].to(model.dtype)):
-            called = nnsight.save(experts.inputs)
+            called = nnsight.save(envoys["routed"].inputs)
     args, kwargs = called
     index, weight = [*args, *kwargs.values()][1:]
     return index.reshape(len(read), -1), weight.reshape(len(read), -1).to(read.dtype)
@@ -197,14 +195,10 @@ def mixing(model: OpenedModel, layer: int, read: Tensor) -> tuple[list[float], l
     row, n = model.block(layer), len(read)
     if row.mlp_with is not None:  # the outputs of two modules, added
         return [1.0] * n, [1.0] * n
-    places = {"routed": "experts"} | ({"shared": "shared_out"} if row.shared_out else {})
-    order = sorted(places, key=lambda name: (name == "shared") != row.shared_first)
-    mlp = model.path(layer, "mlp")
-    inside = {name: model.path(layer, part).removeprefix(mlp + ".") for name, part in places.items()}
     states = read.to(model.dtype).repeat(3, 1)
     with model.lock, _trace_lock, torch.no_grad():
-        traced = nnsight.NNsight(model.shadow.get_submodule(mlp))
-        envoys = {name: _envoy(traced, path) for name, path in inside.items()}
+        traced, envoys = _mlp_alone(model, layer)
+        order = sorted(envoys, key=lambda name: (name == "shared") != row.shared_first)
         with traced.trace(states[None]):
             moved: dict[str, Any] = {}
             for name in order:
@@ -228,6 +222,20 @@ def mixing(model: OpenedModel, layer: int, read: Tensor) -> tuple[list[float], l
     return found["routed"], found["shared"]
 
 
+def _mlp_alone(model: OpenedModel, layer: int) -> tuple[Any, dict[str, Any]]:
+    """A layer's mixture as a model of its own, and its routed and shared experts in it."""
+    _traced(model)  # a new shadow forgets what stands on the old one
+    kept = model.cache["mlps"]
+    if layer not in kept:
+        mlp, places = model.path(layer, "mlp"), {"routed": "experts"}
+        if model.block(layer).shared_out is not None and model.block(layer).mlp_with is None:
+            places["shared"] = "shared_out"
+        traced = nnsight.NNsight(model.shadow.get_submodule(mlp))
+        inside = {name: model.path(layer, part).removeprefix(mlp + ".") for name, part in places.items()}
+        kept[layer] = traced, {name: _envoy(traced, path) for name, path in inside.items()}
+    return kept[layer]  # type: ignore[no-any-return]
+
+
 def _is_sum(model: OpenedModel, tap: Tap) -> bool:
     """Whether what is tapped is the sum of two modules' outputs, and so no module's own."""
     if tap.name not in ("mlp_raw", "mlp_add") or model.block(tap.layer).mlp_with is None:
@@ -239,7 +247,7 @@ def _traced(model: OpenedModel) -> Any:
     shadow = model.shadow
     if "traced" not in model.cache:
         model.cache["traced"] = nnsight.NNsight(shadow)
-        model.cache["paths"] = {}
+        model.cache["paths"], model.cache["mlps"] = {}, {}
     return model.cache["traced"]
 
 

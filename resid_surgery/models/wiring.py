@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from resid_surgery.errors import UnsupportedModelError
-from resid_surgery.models.calls import Call, misfit, same, watch
-from resid_surgery.models.ends import UnreadableError, UnrecognisedError, find_chain, read_head, solve, sum_of
+from resid_surgery.models.calls import Call, misfit, norm_before, same, watch
+from resid_surgery.models.ends import UnreadableError, UnrecognisedError, find_chain, read_head, solve, weighted_sum
 from resid_surgery.models.layout import BlockLayout, Factor, Layout
 from resid_surgery.models.mlps import Mlp, beside, read_mlp
 
@@ -57,7 +57,8 @@ def read_layout(module: nn.Module, name: str, ids: Tensor) -> Layout:
     config: Any = getattr(module, "config", None)
     try:
         path, chain = find_chain(module, calls, ids.shape[1])
-        width = TOLERANCE.get(_dtype(chain[0].x), 1e-5)
+        assert chain[0].x is not None
+        width = TOLERANCE[chain[0].x.dtype]
         found = [_Block(block, calls, config, width) for block in chain]
         # a layer in which a writer wrote nothing but zeros is read like another one of its kind
         loud = {one.kind: one for one in reversed(found) if not one.silent}
@@ -94,10 +95,6 @@ def _require_attention(blocks: nn.Module) -> None:
             "none of its layers has attention weights: it is a recurrent or state-space model (a private attention "
             "needs anatomy=Layout(...) with its `mix`)"
         )
-
-
-def _dtype(x: Tensor | None) -> torch.dtype:
-    return torch.float32 if x is None else x.dtype
 
 
 @final
@@ -199,16 +196,18 @@ class _Block:
         if not outs:
             return self._opaque(call)
         w_o = max(outs, key=lambda c: c.start)
-        norm = self._norm_of(min(inside, key=lambda c: c.start).x)
+        first = min(inside, key=lambda c: c.start)
+        norm = self._norm_of(first.x, first.start)
         fields = {"attn_kind": "attention", "attn": self.rel(call), "attn_out": self.rel(w_o), "attn_norm": norm}
         return fields | {"mix": attention_mix(call.module)}, self._steps(w_o)
 
     def _opaque(self, call: Call) -> tuple[dict[str, Any], list[_Step]]:
-        return {"attn_kind": "opaque", "attn": self.rel(call), "attn_norm": self._norm_of(call.x)}, self._steps(call)
+        norm = self._norm_of(call.x, call.start)
+        return {"attn_kind": "opaque", "attn": self.rel(call), "attn_norm": norm}, self._steps(call)
 
-    def _norm_of(self, read: Tensor | None) -> str | None:
-        made = [c for c in self.inside if c.norm and same(c.y, read)]
-        return self.rel(made[0]) if made else None
+    def _norm_of(self, read: Tensor | None, start: int) -> str | None:
+        made = norm_before(self.inside, read, start)
+        return None if made is None else self.rel(made)
 
     def _steps(self, call: Call) -> list[_Step]:
         """A writer's output and what norms (or convolutions) make of it on the way to the stream."""
@@ -233,9 +232,8 @@ class _Block:
         if mixer is None or mlp is None:
             part = "attn" if mlp is None else "mlp"
             return self._solved(self.y, self.x, [(part, a_steps or m_steps)], "its output")
-        state = mlp.state(self.inside)
-        mixer_norm = mixer[0]["attn_norm"]
-        shares = mlp.norm is not None and self.rel(mlp.norm) == mixer_norm
+        state = mlp.state
+        shares = mlp.norm is not None and self.rel(mlp.norm) == mixer[0]["attn_norm"]
         if (same(state, self.x) and bool(a_steps[-1].y.any())) or shares:
             return {"parallel": True} | self._solved(
                 self.y, self.x, [("attn", a_steps), ("mlp", m_steps)], "its output"
@@ -281,7 +279,7 @@ class _Block:
         return exact, measured
 
     def _misfit(self, factors: Sequence[Factor], total: Tensor, terms: list[Tensor]) -> float:
-        return misfit(sum_of([self._value(f) for f in factors], terms), total, *terms)
+        return misfit(weighted_sum([self._value(f) for f in factors], terms), total, *terms)
 
     def _vectors(self, total: Tensor, terms: list[Tensor]) -> tuple[float, list[Factor]]:
         """(error, factors): vectors of d_model, parameters or buffers of the block, or 1."""

@@ -273,7 +273,7 @@ def tiny(
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise NotBuildableError(f"{model_type!r} is not a causal-LM type that this transformers registers")
     try:
-        with torch.random.fork_rng(devices=[]), _quiet():
+        with torch.random.fork_rng(devices=[]), quiet():
             torch.default_generator.manual_seed(seed)  # not the other devices', which are not forked
             config = _config(model_type, changes)
             with _nan_where_unset():
@@ -382,8 +382,8 @@ def _nan_where_unset() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No remarks about unusual sizes."""
+def quiet() -> Iterator[None]:
+    """No remarks of transformers about unusual sizes and random weights."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

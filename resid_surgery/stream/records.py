@@ -36,6 +36,11 @@ class NeuronGroup:
     pre_activations: tuple[Float[Tensor, " neuron"], ...]
     coefficient: Float[Tensor, " neuron"]
 
+    @property
+    def key_names(self) -> tuple[str, ...]:
+        """Names of a neuron's keys, in order."""
+        return {0: (), 1: ("up",), 2: ("gate", "up")}[len(self.pre_activations)]
+
 
 @final
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)

@@ -144,13 +144,13 @@ class _Batch:
 
     def _weigh(self, values: Values) -> None:
         """Turn what was done inside mixtures into changes of the MLP's output, by this run's weights."""
-        for row, layers in enumerate(self.in_mixture):
-            for layer, vectors in layers.items():
-                call = values[Tap("experts_call", layer)]
-                at = self.t if Tap("experts_call", layer) in self.everywhere else 0
-                (routed,), (shared,) = mixing(self.model, layer, call.states[row, at][None])
+        for layer in {layer for layers in self.in_mixture for layer in layers}:
+            rows = [row for row, layers in enumerate(self.in_mixture) if layer in layers]
+            tap = Tap("experts_call", layer)
+            states = values[tap].states[rows, self.t if tap in self.everywhere else 0]
+            for row, routed, shared in zip(rows, *mixing(self.model, layer, states), strict=True):
                 change = self.changes[row].setdefault((layer, "mlp"), Change())
-                for kind, vector in vectors:
+                for kind, vector in self.in_mixture[row][layer]:
                     made = vector * (shared if kind == "shared" else routed)
                     change.raw = made if change.raw is None else change.raw + made
 
