@@ -169,7 +169,7 @@ def changed(rec, interventions) -> torch.Tensor:
 
 
 def same_logits(a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.testing.assert_close(a, b, atol=2e-4 * float(b.abs().max()), rtol=0)
+    torch.testing.assert_close(a, b, atol=2e-5 * float(b.abs().max()), rtol=0)
 
 
 @pytest.mark.parametrize("model_type", EVERY)
