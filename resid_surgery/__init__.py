@@ -11,7 +11,8 @@ _HOMES = {
         "ResidSurgeryError ArgumentError SiteError PromptError LoadError UnsupportedModelError "
         "ClosureError StaleRecordingError InterventionError"
     ),
-    "sites": "Site Neuron ExpertNeuron SharedNeuron Head HeadSource AttnNeuron Sublayer Resid Bias Constant parse_site",
+    "sites": "Site Neuron ExpertNeuron SharedNeuron Head HeadSource AttnNeuron Sublayer Resid Bias Constant Projection",
+    "addresses": "Slice At Edge parse_site",
     "models.prompts": "Prompt",
     "models.zoo": "tiny",
     "models.layout": "BlockLayout Layout",
@@ -23,7 +24,7 @@ _HOMES = {
     "attribution.scores": "scores",
     "attribution.locating": "Located locate",
     "attribution.sources": "sources",
-    "surgery.interventions": "Zero Scale Patch Steer",
+    "surgery.interventions": "Zero Scale Steer Set Clamp Patch Mean Attend Cut",
     "surgery.effects": "Effect intervene intervene_each",
     "evidence.check": "check",
     "evidence.families": "check_families",

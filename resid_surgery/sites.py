@@ -1,6 +1,7 @@
 """Sites: frozen addresses of what writes into, or flows along, the residual stream.
 
-A site is a plain value. ``str(site)`` gives its text form and `parse_site` reads it back.
+A site is a plain value. ``str(site)`` gives its text form; `resid_surgery.parse_site` reads it back (see
+`addresses`, which also has slices, positions and edges).
 
 ===================  ==========================================  =====================
 site                 what it is (paper's term)                   text
@@ -12,24 +13,25 @@ site                 what it is (paper's term)                   text
 `HeadSource`         joint vector alpha[t,j] v[j] W_O            ``L12.H4<3``
                      (attention subvalue)
 `AttnNeuron`         one d_head coordinate (attention neuron)    ``L3.H4.D7``, ``L3.H4.D7<3``
+`Projection`         a head's query; a KV head's key or value    ``L3.Q4``, ``L3.K1``, ``L3.V1``
 `Sublayer`           what a sublayer adds (ATTN / FFN)           ``L12.attn``, ``L12.mlp``
 `Resid`              a state of the stream (L_in/L_res/L_out)    ``L3.resid_pre|mid|post``
 `Bias`               a sublayer's (or an expert's) output bias   ``L3.attn.bias``, ``L3.E5.bias``
 `Constant`           an addend without a layer                   ``embed``, ``final_norm.bias``,
-                                                                 ``unembed.bias``, ``rounding``
+                                                                 ``unembed.bias``, ``rounding``;
+                                                                 ``unembed`` (as a reader only)
 ===================  ==========================================  =====================
 """
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol, final
+from typing import Literal, Protocol, final
 
 from resid_surgery._check import choice, message, whole
 from resid_surgery.errors import SiteError
 
 LARGEST = 999_999_999
-CONSTANTS = ("embed", "final_norm.bias", "unembed.bias", "rounding")
+CONSTANTS = ("embed", "final_norm.bias", "unembed.bias", "rounding", "unembed")
 
 
 class OneLayer(Protocol):
@@ -39,6 +41,8 @@ class OneLayer(Protocol):
     def n_heads(self) -> int: ...
     @property
     def d_head(self) -> int: ...
+    @property
+    def n_kv_heads(self) -> int: ...
     @property
     def d_mlp(self) -> int: ...
     @property
@@ -62,14 +66,14 @@ class Sizes(Protocol):
 
 @dataclass(frozen=True)
 class Site:
-    """Base of all sites; use one of the final classes or `parse_site`."""
+    """Base of all sites; use one of the final classes or `resid_surgery.parse_site`."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             optional = field.name in ("source", "expert") and field.default is None
             shared = field.name == "expert" and isinstance(value, str) and value == "shared"
-            if field.name in ("part", "stage", "name") or (optional and (value is None or shared)):
+            if field.name in ("part", "stage", "name", "side") or (optional and (value is None or shared)):
                 continue
             span = (-LARGEST, LARGEST) if field.name == "layer" else (0, None)
             object.__setattr__(self, field.name, whole(field.name, value, *span, error=SiteError))
@@ -221,6 +225,29 @@ class AttnNeuron(Site):
 
 @final
 @dataclass(frozen=True)
+class Projection(Site):
+    """A head's query, or a KV head's key or value, at the positions of an operation; all that read it see it."""
+
+    layer: int
+    side: Literal["Q", "K", "V"]
+    head: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice("side", self.side, ("Q", "K", "V"), error=SiteError)
+
+    def __str__(self) -> str:
+        return f"L{self.layer}.{self.side}{self.head}"
+
+    def _exists(self, sizes: Sizes, layer: int) -> None:
+        sizes.require(layer, "attn", str(self))
+
+    def _limits(self, one: OneLayer) -> list[tuple[str, int, str]]:
+        return [("head", one.n_heads, "heads") if self.side == "Q" else ("head", one.n_kv_heads, "KV heads")]
+
+
+@final
+@dataclass(frozen=True)
 class Sublayer(Site):
     """What one sublayer adds to the stream (paper: ATTN or FFN output)."""
 
@@ -304,65 +331,6 @@ class Constant(Site):
 
     def __str__(self) -> str:
         return self.name
-
-
-_PATTERNS: tuple[tuple[re.Pattern[str], Callable[..., Site]], ...] = (
-    (re.compile(r"L(-?[0-9]{1,9})\.N([0-9]{1,9})"), lambda a, b: Neuron(int(a), int(b))),
-    (re.compile(r"L(-?[0-9]{1,9})\.H([0-9]{1,9})"), lambda a, b: Head(int(a), int(b))),
-    (re.compile(r"L(-?[0-9]{1,9})\.H([0-9]{1,9})<([0-9]{1,9})"), lambda a, b, c: HeadSource(int(a), int(b), int(c))),
-    (re.compile(r"L(-?[0-9]{1,9})\.H([0-9]{1,9})\.D([0-9]{1,9})"), lambda a, b, c: AttnNeuron(int(a), int(b), int(c))),
-    (
-        re.compile(r"L(-?[0-9]{1,9})\.H([0-9]{1,9})\.D([0-9]{1,9})<([0-9]{1,9})"),
-        lambda a, b, c, d: AttnNeuron(int(a), int(b), int(c), int(d)),
-    ),
-    (re.compile(r"L(-?[0-9]{1,9})\.(attn|mlp)"), lambda a, b: Sublayer(int(a), b)),
-    (re.compile(r"L(-?[0-9]{1,9})\.resid_(pre|mid|post)"), lambda a, b: Resid(int(a), b)),
-    (re.compile(r"L(-?[0-9]{1,9})\.(attn|mlp)\.bias"), lambda a, b: Bias(int(a), b)),
-    (
-        re.compile(r"L(-?[0-9]{1,9})\.E([0-9]{1,9})\.N([0-9]{1,9})"),
-        lambda a, b, c: ExpertNeuron(int(a), int(b), int(c)),
-    ),
-    (re.compile(r"L(-?[0-9]{1,9})\.shared\.N([0-9]{1,9})"), lambda a, b: SharedNeuron(int(a), int(b))),
-    (re.compile(r"L(-?[0-9]{1,9})\.E([0-9]{1,9})\.bias"), lambda a, b: Bias(int(a), "mlp", int(b))),
-    (re.compile(r"L(-?[0-9]{1,9})\.shared\.bias"), lambda a: Bias(int(a), "mlp", "shared")),
-)
-
-
-def parse_site(text: str) -> Site:
-    """The site that `text` names; the inverse of ``str``.
-
-    Raises:
-        SiteError: the text is not a site.
-
-    Example:
-        >>> parse_site("L12.H4<3")
-        HeadSource(layer=12, head=4, source=3)
-        >>> str(parse_site("L20.N1297"))
-        'L20.N1297'
-    """
-    if isinstance(text, str):
-        if text in CONSTANTS:
-            return Constant(text)
-        for pattern, build in _PATTERNS:
-            if found := pattern.fullmatch(text):
-                return build(*found.groups())
-    raise SiteError(
-        message(
-            "site", "a site such as L20.N1297, L3.E5.N17, L12.H4, L12.H4<3, L3.H4.D7, L12.mlp or L3.resid_pre", text
-        )
-    )
-
-
-def as_sites(given: Any) -> tuple[Site, ...]:
-    """One site, its text, or an iterable of either, as a non-empty tuple of sites."""
-    if isinstance(given, (Site, str)):
-        given = (given,)
-    if not isinstance(given, Iterable):
-        raise SiteError(message("sites", "a site, its text, or a sequence of them", given))
-    sites = tuple(one if isinstance(one, Site) else parse_site(one) for one in given)
-    if not sites:
-        raise SiteError(message("sites", "at least one site", list(sites)))
-    return sites
 
 
 def _in_range(name: str, value: int, size: int, sizes: Sizes, unit: str) -> int:

@@ -14,11 +14,12 @@ from strategies import SITES, prompts
 from strategies import sites as sites_in
 
 import resid_surgery as rs
+from resid_surgery.addresses import as_sites
 from resid_surgery.errors import ResidSurgeryError, SiteError
 from resid_surgery.models import zoo
 from resid_surgery.models.anatomy import Anatomy, LayerSizes
 from resid_surgery.models.layout import BlockLayout
-from resid_surgery.sites import CONSTANTS, Site, as_sites
+from resid_surgery.sites import CONSTANTS, Site
 from resid_surgery.stream.subvalues import vector_of
 
 DENSE = dict(n_heads=4, n_kv_heads=2, d_head=6, d_mlp=40)

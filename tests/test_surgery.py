@@ -1,6 +1,7 @@
 """Interventions and effects: no-ops, equalities, prediction = measurement, restored state."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tiny import FAMILIES, build, shared
 
 import resid_surgery as rs
 from resid_surgery.stream.subvalues import vector_of
-from resid_surgery.surgery import engine
+from resid_surgery.surgery import engine, reading, writing
 from resid_surgery.surgery.effects import PARTS
 
 positions = st.sampled_from(["target", "all", "list"])
@@ -264,7 +265,7 @@ def test_an_error_mid_forward_reaches_the_caller_and_the_next_call_works(monkeyp
         raise MemoryError("injected")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_left", explode)
+        patch.setattr(writing.Writing, "_apply", explode)
         with pytest.raises(MemoryError, match="injected"):
             rs.intervene(rec, rs.Zero("L1.N3"))
     assert model.fingerprint() == fingerprint
@@ -284,14 +285,12 @@ def test_a_planted_wrong_alpha_is_seen(monkeypatch):
     """Forgetting the attention soft-cap makes (head, source) ablations miss their prediction."""
     rec = rs.record(shared("gemma2"), rs.Prompt(ids=[5, 4, 3, 2], target=1))
     good = rs.intervene(rec, rs.Zero("L1.H1<2")).after.attn[1]
-    plain = engine.attention_row
+    plain = reading.attention_rows
 
-    def forgetful(call, row, t):
-        from dataclasses import replace
+    def forgetful(call, row, at):
+        return plain(replace(call, softcap=None), row, at)
 
-        return plain(replace(call, softcap=None), row, t)
-
-    monkeypatch.setattr(engine, "attention_row", forgetful)
+    monkeypatch.setattr(reading, "attention_rows", forgetful)
     bad = rs.intervene(rec, rs.Zero("L1.H1<2")).after.attn[1]
     assert (good - bad).abs().max() > 1e-4
 

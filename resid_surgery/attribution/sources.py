@@ -21,10 +21,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from resid_surgery import _check
+from resid_surgery.addresses import as_sites, expand
 from resid_surgery.errors import SiteError
 from resid_surgery.models.parts import Norm
 from resid_surgery.models.tracing import mixing, routing
-from resid_surgery.sites import ExpertNeuron, Neuron, SharedNeuron, as_sites
+from resid_surgery.sites import ExpertNeuron, Neuron, SharedNeuron
 from resid_surgery.stream.blocks import Block, Numbering
 from resid_surgery.stream.closing import coefficient_from
 from resid_surgery.stream.recording import Recording, be_recording, need_recording
@@ -75,7 +76,8 @@ def sources(
     _check.choice("router", router, ROUTERS)
     _check.whole("top", top, 1)
     be_recording(rec)
-    readers = [_as_neuron(rec, site) for site in as_sites(reader)]
+    given = expand(as_sites(reader), rec.model.anatomy, rec.prompt.position)
+    readers = [_as_neuron(rec, site) for site in given]
     need_recording(rec)
     frames = []
     for layer in dict.fromkeys(one.layer for one in readers):

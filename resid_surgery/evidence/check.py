@@ -18,7 +18,8 @@ from resid_surgery.attribution.locating import locate, rank
 from resid_surgery.attribution.scores import States, evaluate_block, logsumexp_, places_of
 from resid_surgery.attribution.sources import NeuronSite, sources
 from resid_surgery.models.opening import OpenedModel
-from resid_surgery.models.tracing import Tap, Values, forward
+from resid_surgery.models.taps import Tap
+from resid_surgery.models.tracing import Values, forward
 from resid_surgery.sites import ExpertNeuron, Neuron, SharedNeuron
 from resid_surgery.stream.blocks import PostMap
 from resid_surgery.stream.closing import Closure, closures, probe, relative

@@ -6,6 +6,7 @@ the weights themselves are read.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -15,6 +16,11 @@ from torch import Tensor
 from resid_surgery.errors import UnsupportedModelError
 
 _INTERFACE = ("module", "query", "key", "value", "attention_mask", "scaling")
+_NAMES = {
+    "interface": _INTERFACE,
+    "weights": ("query", "key", "value", "attention_mask"),
+    "sdpa": ("query", "key", "value", "attn_mask"),
+}
 _HARMLESS = {
     "dropout",
     "dropout_p",
@@ -42,7 +48,7 @@ class AttentionCall:
         weights: (row, head, query position, position) the weights as the model computed them, or
             None where they are recomputed from query and key.
         mask: (row or 1, 1 or head, query position, key position) additive or boolean, or None.
-        first: which position the first query position is.
+        positions: which positions the queries are of; None for all.
         scaling, softcap: factor and cap of the scores. sinks: (head,) a score that takes weight
             and gives no value, or None. extra: keywords with no known meaning here.
     """
@@ -52,11 +58,20 @@ class AttentionCall:
     key: Tensor | None
     weights: Tensor | None
     mask: Tensor | None
-    first: int
+    positions: tuple[int, ...] | None
     scaling: float
     softcap: float | None
     sinks: Tensor | None
     extra: tuple[str, ...]
+
+    @property
+    def from_scores(self) -> bool:
+        """Whether the weights are a softmax of query and key as given here."""
+        return self.weights is None and self.query is not None and self.key is not None
+
+    def queries(self, positions: Sequence[int]) -> list[int]:
+        """Where the queries of some positions are."""
+        return list(positions) if self.positions is None else [self.positions.index(p) for p in positions]
 
 
 @final
@@ -74,12 +89,12 @@ class ExpertsCall:
     weight: Tensor
 
 
-def attention_call(kind: str, value: Any, rows: int, at: int | None) -> AttentionCall:
+def attention_call(kind: str, value: Any, rows: int, at: list[int] | None) -> AttentionCall:
     """What was read where attention weights meet values, in one form.
 
     Args:
         kind: of `BlockLayout.mix`. value: what was read there. rows: of the batch.
-        at: keep this query position only; None keeps all.
+        at: keep these query positions only; None keeps all.
     """
     weights = None
     args: tuple[Any, ...] = ()
@@ -97,22 +112,16 @@ def attention_call(kind: str, value: Any, rows: int, at: int | None) -> Attentio
         given = {"value": mixed}
     else:
         args, kwargs = value
-        names = {
-            "interface": _INTERFACE,
-            "weights": ("query", "key", "value", "attention_mask"),
-            "sdpa": ("query", "key", "value", "attn_mask"),
-        }[kind]
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = dict(zip(_NAMES[kind], args, strict=False)) | kwargs
     mask = given.get("attention_mask", given.get("attn_mask"))
     query, key = given.get("query"), given.get("key")
     extra = tuple(sorted(k for k, v in kwargs.items() if k not in _KNOWN and v is not None))
     if extra and kind == "interface":
         weights = _weights_of_own(given, {k: kwargs[k] for k in kwargs if k in extra or k in ("softcap", "s_aux")})
-    first = 0 if at is None else at
     if at is not None:
-        query = None if query is None else query[:, :, at : at + 1]
-        mask = None if mask is None else mask[:, :, at : at + 1]
-        weights = None if weights is None else weights[:, :, at : at + 1]
+        query = None if query is None else query[:, :, at]
+        mask = None if mask is None else mask[:, :, at]
+        weights = None if weights is None else weights[:, :, at]
     scaling = given.get("scaling", given.get("scale"))
     width = given["value"].shape[-1] if query is None else query.shape[-1]
     return AttentionCall(
@@ -121,12 +130,21 @@ def attention_call(kind: str, value: Any, rows: int, at: int | None) -> Attentio
         key=_kept(key),
         weights=_kept(weights),
         mask=_kept(mask),
-        first=first,
+        positions=None if at is None else tuple(at),
         scaling=float(width**-0.5 if scaling is None else scaling),
         softcap=given.get("softcap"),
         sinks=_kept(given.get("s_aux")),
         extra=extra,
     )
+
+
+def with_call(kind: str, value: Any, call: AttentionCall) -> Any:
+    """(args, keywords) of an attention function with the call's query, key and value in place of theirs."""
+    args, kwargs = value
+    names = _NAMES[kind]
+    put = {"query": call.query, "key": call.key, "value": call.value}
+    args = tuple(put.get(names[i], one) if i < len(names) else one for i, one in enumerate(args))
+    return args, {name: put.get(name, one) for name, one in kwargs.items()}
 
 
 def _differential(one: Any, two: Any, factor: Tensor) -> tuple[dict[str, Any], Tensor]:

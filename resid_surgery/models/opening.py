@@ -82,6 +82,10 @@ class OpenedModel:
         """Where the unembedding, and so the readout, lies."""
         return self.part(None, "unembed").weight.device  # type: ignore[return-value]
 
+    def work(self, tensor: Tensor) -> Tensor:
+        """A tensor in the dtype and on the device that the readout is computed with."""
+        return tensor.to(self.device, self.work_dtype)
+
     @property
     def vocab_size(self) -> int:
         """Rows of the unembedding."""

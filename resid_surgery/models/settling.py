@@ -13,7 +13,8 @@ from torch import Tensor
 from resid_surgery.errors import UnsupportedModelError
 from resid_surgery.models.attention import AttentionCall
 from resid_surgery.models.opening import OpenedModel
-from resid_surgery.models.tracing import Tap, Values, forward
+from resid_surgery.models.taps import Tap
+from resid_surgery.models.tracing import Values, forward
 
 
 def settle(model: OpenedModel) -> None:
@@ -63,8 +64,7 @@ def _require_elementwise(
 
         def write(found: Tensor, seen: Values) -> Tensor:
             left = found.clone()
-            at = slice(t * n, (t + 1) * n)
-            left[row, at] = (left[row, at].double() * factors.to(left.device)).to(left)
+            left[row, t] = (left[row, t].double() * factors.to(left.device)).to(left)
             return left
 
         return write

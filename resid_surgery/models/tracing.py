@@ -8,79 +8,20 @@ detached and cloned. A write is a function of the value found there and of the v
 import inspect
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, final
 
 import nnsight
 import torch
 from torch import Tensor
 
 from resid_surgery.errors import ResidSurgeryError, UnsupportedModelError
-from resid_surgery.models.attention import ExpertsCall, attention_call
+from resid_surgery.models.attention import ExpertsCall, attention_call, with_call
 from resid_surgery.models.layout import split_key
 from resid_surgery.models.opening import OpenedModel
-
-TapName = Literal[
-    "block_in",
-    "attn_read",
-    "attn_call",
-    "attn_mix",
-    "attn_z",
-    "attn_raw",
-    "attn_add",
-    "mlp_read",
-    "experts_call",
-    "experts_out",
-    "mlp_first",
-    "shared_key0",
-    "shared_key1",
-    "shared_coef",
-    "shared_raw",
-    "key0",
-    "key1",
-    "coef",
-    "mlp_raw",
-    "mlp_add",
-    "block_out",
-    "bs",
-    "logits",
-]
-_ORDER: tuple[str, ...] = TapName.__args__  # type: ignore[attr-defined]
-
-
-@final
-@dataclass(frozen=True)
-class Tap:
-    """A place in the forward.
-
-    ``block_in/out``: the stream before / after a block. ``attn_read``: what attention reads.
-    ``attn_call``: what goes into attention, as queries, keys and values.
-    ``attn_mix``: what comes out of it, (row, position, head, d_head). ``attn_z``: W_O's input.
-    ``attn_raw/add``: what W_O (or an opaque writer) writes / the same after a post-norm, before the
-    layer's scale. ``mlp_read``: what the MLP's keys read. ``key0/1``: pre-activations. ``coef``: the
-    down-projection's input. ``experts_call``: states, indices and weights of routed experts;
-    ``experts_out``: their sum; ``shared_*``: of the shared expert; ``mlp_first``: the output of an MLP
-    to which another module's is added. ``mlp_raw/add``: as for attention.
-    ``bs``: the unembedding's output before a logit scale. ``logits``: the model's own.
-    """
-
-    name: TapName
-    layer: int = -1
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Forward order: by layer, then by place; the model's ends come last."""
-        return (self.layer if self.layer >= 0 else 10**9, _ORDER.index(self.name))
-
-    def when(self, model: OpenedModel) -> tuple[int, float]:
-        """`order` in one model: a shared expert may be computed before the routed ones."""
-        layer, place = self.order
-        early = self.name.startswith("shared") and model.block(self.layer).shared_first
-        return layer, (_ORDER.index("mlp_read") + place / 100 if early else place)
-
+from resid_surgery.models.taps import Tap, is_sum, module_of
 
 Values = dict[Tap, Any]
-Write = Callable[[Tensor, Values], Tensor]
+Write = Callable[[Any, Values], Any]
 
 _trace_lock = threading.RLock()
 
@@ -98,8 +39,11 @@ def forward(
     reads: Sequence[Tap],
     writes: Mapping[Tap, Write] | None = None,
     *,
-    at: int | None = None,
+    at: int | Sequence[int] | None = None,
     everywhere: Collection[Tap] = (),
+    logits_at: Sequence[int] | None = None,
+    given: Mapping[str, Any] | None = None,
+    resume: tuple[int, Tensor] | None = None,
 ) -> Values:
     """One forward of (row, position) `ids` with reads and writes.
 
@@ -107,10 +51,14 @@ def forward(
         model: the opened model; its shadow runs, so the user's module is not touched.
         ids: (row, position) token ids.
         reads: taps to return. Values at a tap with a write are those after the write.
-        writes: tap -> function(value found, values read so far) -> value to leave.
-        at: if given, reads keep this position only (keys and values keep all), and logits are
-            computed for it alone where the model can.
+        writes: tap -> function(value found, values read so far) -> value to leave. Values are (row,
+            position, width) tensors, and `AttentionCall`s at ``attn_call``.
+        at: if given, reads keep these positions only (keys and values keep all), and logits are
+            computed for them alone where the model can.
         everywhere: reads that keep all positions all the same.
+        logits_at: positions of logits, if other than `at`.
+        given: more keywords for the model's forward: a cache, a mask, position ids.
+        resume: (layer, (row, position, d_model)): blocks below that layer do not run; their output is this.
 
     Returns:
         Tap -> detached (row, position, width) tensor of its own storage (`AttentionCall` for
@@ -122,20 +70,26 @@ def forward(
     """
     writes = writes or {}
     wanted = set(reads)
-    sums = {tap: Tap("mlp_first", tap.layer) for tap in wanted | set(writes) if _is_sum(model, tap)}
+    sums = {tap: Tap("mlp_first", tap.layer) for tap in wanted | set(writes) if is_sum(model, tap)}
     plan = sorted(wanted | set(writes) | set(sums.values()), key=lambda tap: tap.when(model))
-    kwargs: dict[str, Any] = {"use_cache": False}
-    sliced = at is not None and _keeps_logits(model)
+    kwargs: dict[str, Any] = {"use_cache": False, **(given or {})}
+    kept = [at] if isinstance(at, int) else None if at is None else list(at)
+    tail = kept if logits_at is None else list(logits_at)
+    sliced = tail is not None and keeps_logits(model)
     if sliced:
-        kwargs["logits_to_keep"] = torch.tensor([at], device=ids.device)
+        kwargs["logits_to_keep"] = torch.tensor(tail, device=ids.device)
     raised: list[BaseException] = []
     with model.lock, _trace_lock, torch.no_grad():
         traced = _traced(model)
         rows = int(ids.shape[0])
         try:
+            start, stream = resume or (0, ids)
+            skipped = [_place(traced, model, Tap("block_out", i))[0] for i in range(start)]
             with traced.trace(input_ids=ids, **kwargs):
                 seen: dict[Any, Any] = {}
                 first: dict[Any, Any] = {}
+                for block in skipped:
+                    block.skip(stream)
                 for tap in plan:
                     place, field = _place(traced, model, tap)
                     value = getattr(place, field)
@@ -145,16 +99,16 @@ def forward(
                     if other is not None:
                         value = value + other
                     if tap in writes:
-                        whole = value[0] if isinstance(value, tuple) else value
                         try:
-                            left = writes[tap](whole.reshape(rows, -1, whole.shape[-1]), seen).view(whole.shape)
+                            value = _written(model, tap, value, rows, writes[tap], seen)
                         except BaseException as error:
                             raised.append(error)
                             raise
-                        value = (left, *value[1:]) if isinstance(value, tuple) else left
                         setattr(place, field, value if other is None else value - other)
                     if tap in wanted:
-                        seen[tap] = _read(model, tap, value, rows, None if tap in everywhere else at, sliced)
+                        ends = tap.layer < 0
+                        here = (None if sliced else tail) if ends else None if tap in everywhere else kept
+                        seen[tap] = _read(model, tap, value, rows, here)
                 nnsight.save(seen)
         except Exception as error:
             if raised:
@@ -236,13 +190,6 @@ def _mlp_alone(model: OpenedModel, layer: int) -> tuple[Any, dict[str, Any]]:
     return kept[layer]  # type: ignore[no-any-return]
 
 
-def _is_sum(model: OpenedModel, tap: Tap) -> bool:
-    """Whether what is tapped is the sum of two modules' outputs, and so no module's own."""
-    if tap.name not in ("mlp_raw", "mlp_add") or model.block(tap.layer).mlp_with is None:
-        return False
-    return tap.name == "mlp_raw" or not model.has(tap.layer, "mlp_post_norm")
-
-
 def _traced(model: OpenedModel) -> Any:
     shadow = model.shadow
     if "traced" not in model.cache:
@@ -266,7 +213,7 @@ def _place(traced: Any, model: OpenedModel, tap: Tap) -> tuple[Any, str]:
     elif name == "experts_call":
         place, field = _envoy(traced, model.path(layer, "experts")), "inputs"
     else:
-        part, field = _part(model, layer, name)
+        part, field = module_of(model, layer, name)
         place = _envoy(traced, model.path(layer, part))
     paths[tap] = (place, field)
     return place, field
@@ -314,34 +261,6 @@ class _Reads:
         return [getattr(place, field) for place, field in self.fields]
 
 
-def _part(model: OpenedModel, layer: int, name: str) -> tuple[str, str]:
-    row = model.block(layer)
-    attn = "attn_out" if row.attn_kind == "attention" else "attn"
-    mlp = "mlp_out" if row.mlp_kind == "neurons" else "mlp_with" if row.mlp_with else "mlp"
-    read = {"neurons": ("key0", "input"), "experts": ("mlp", "input")}.get(row.mlp_kind, ("mlp", "input"))
-    table = {
-        "block_in": ("block", "input"),
-        "attn_read": ("attn", "input"),
-        "attn_z": ("attn_out", "input"),
-        "attn_raw": (attn, "output"),
-        "attn_add": ("attn_post_norm" if row.attn_post_norm else attn, "output"),
-        "mlp_read": read,
-        "key0": ("key0", "output"),
-        "key1": ("key1", "output"),
-        "coef": ("mlp_out", "input"),
-        "experts_out": ("experts", "output"),
-        "shared_key0": ("shared_key0", "output"),
-        "shared_key1": ("shared_key1", "output"),
-        "shared_coef": ("shared_out", "input"),
-        "shared_raw": ("shared_out", "output"),
-        "mlp_first": ("mlp", "output"),
-        "mlp_raw": (mlp, "output"),
-        "mlp_add": ("mlp_post_norm" if row.mlp_post_norm else mlp, "output"),
-        "block_out": ("block", "output"),
-    }
-    return table[name]
-
-
 def _envoy(traced: Any, path: str) -> Any:
     place = traced
     for step in path.split("."):
@@ -349,13 +268,28 @@ def _envoy(traced: Any, path: str) -> Any:
     return place
 
 
-def _read(model: OpenedModel, tap: Tap, value: Any, rows: int, at: int | None, sliced: bool) -> Any:
+def _written(model: OpenedModel, tap: Tap, value: Any, rows: int, write: Write, seen: Values) -> Any:
+    """What a write leaves, in the form that the module's value has."""
+    if tap.name == "attn_call":
+        kind = model.block(tap.layer).mix.partition(":")[0]
+        return with_call(kind, value, write(attention_call(kind, value, rows, None), seen))
+    whole = value[0] if isinstance(value, tuple) else value
+    if tap.name == "attn_mix":
+        turned = not model.block(tap.layer).mix.startswith(("interface", "differential"))
+        left = write(_mixed(model, tap.layer, value, rows, None), seen)
+        left = (left.transpose(1, 2) if turned else left).reshape(whole.shape)
+        return (left, *value[1:]) if isinstance(value, tuple) else left
+    left = write(whole.reshape(rows, -1, whole.shape[-1]), seen).view(whole.shape)
+    return (left, *value[1:]) if isinstance(value, tuple) else left
+
+
+def _read(model: OpenedModel, tap: Tap, value: Any, rows: int, at: list[int] | None) -> Any:
     if tap.name == "attn_call":
         return attention_call(model.block(tap.layer).mix.partition(":")[0], value, rows, at)
     if tap.name == "experts_call":
         args, kwargs = value
         kept = (t.detach().reshape(rows, -1, t.shape[-1]) for t in [*args, *kwargs.values()])
-        return ExpertsCall(*(t.clone() if at is None else t[:, at : at + 1].clone() for t in kept))
+        return ExpertsCall(*(t.clone() if at is None else t[:, at].clone() for t in kept))
     if tap.name == "attn_mix":
         return _mixed(model, tap.layer, value, rows, at)
     if tap.name == "logits":
@@ -363,26 +297,30 @@ def _read(model: OpenedModel, tap: Tap, value: Any, rows: int, at: int | None, s
     elif isinstance(value, tuple):
         value = value[0]
     shaped = value if value.ndim == 3 else value.reshape(rows, -1, value.shape[-1])
-    if at is not None and not (sliced and tap.name in ("bs", "logits")):
-        shaped = shaped[:, at : at + 1]
-    half = split_key(model.block(tap.layer).paths()[tap.name])[1] if "key" in tap.name else None
+    if at is not None:
+        shaped = shaped[:, at]
+    half = split_key(model.block(tap.layer).paths()[tap.name])[1] if tap.name in _KEYS else None
     if half is not None:
         m = shaped.shape[-1] // 2
         shaped = shaped[..., half * m : (half + 1) * m]
     return shaped.detach().clone()
 
 
-def _mixed(model: OpenedModel, layer: int, value: Any, rows: int, at: int | None) -> Tensor:
+_KEYS = ("key0", "key1", "shared_key0", "shared_key1")
+
+
+def _mixed(model: OpenedModel, layer: int, value: Any, rows: int, at: list[int] | None) -> Tensor:
     """(row, position, head, d_head) what attention left, before anything stands between it and W_O."""
     value = value[0] if isinstance(value, tuple) else value
     if not model.block(layer).mix.startswith(("interface", "differential")):  # there heads come before positions
         value = value.reshape(rows, -1, *value.shape[-2:]).transpose(1, 2)
-    value = value if at is None else value[:, at : at + 1]
+    value = value if at is None else value[:, at]
     kept: Tensor = value.detach().clone()
     return kept
 
 
-def _keeps_logits(model: OpenedModel) -> bool:
+def keeps_logits(model: OpenedModel) -> bool:
+    """Whether the model's forward can leave out logits that are not wanted."""
     if "keeps_logits" not in model.cache:
         model.cache["keeps_logits"] = "logits_to_keep" in inspect.signature(type(model.module).forward).parameters
     return bool(model.cache["keeps_logits"])

@@ -6,7 +6,8 @@ from resid_surgery._check import whole
 from resid_surgery.models.facts import Fact, load_facts
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import BoundPrompt, Prompt, bind
-from resid_surgery.models.tracing import Tap, forward
+from resid_surgery.models.taps import Tap
+from resid_surgery.models.tracing import forward
 from resid_surgery.stream.recording import need_model
 
 ROWS = 32

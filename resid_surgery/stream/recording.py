@@ -18,7 +18,8 @@ from resid_surgery._check import choice, message
 from resid_surgery.errors import ArgumentError, ClosureError, StaleRecordingError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import BoundPrompt, Prompt, bind
-from resid_surgery.models.tracing import Tap, TapName, Values, forward
+from resid_surgery.models.taps import Tap, TapName
+from resid_surgery.models.tracing import Values, forward
 from resid_surgery.stream.records import (
     STREAM,
     AttentionRecord,
@@ -92,7 +93,7 @@ class Recording:
 
     def work(self, tensor: Tensor) -> Tensor:
         """A tensor in the dtype and on the device that the readout is computed with."""
-        return tensor.to(self.model.device, self.model.work_dtype)
+        return self.model.work(tensor)
 
     def resid_mid(self, layer: int) -> Float[Tensor, " d_model"]:
         """What the MLP of `layer` reads: resid_pre + attn_out, or resid_pre in a parallel block."""
@@ -103,33 +104,8 @@ class Recording:
         return self.model.factor(layer, "attn_carry") * pre + self.work(record.attn_out)
 
     def reach(self, layer: int, part: str, until: tuple[int, str] | None = None) -> Tensor | float:
-        """What later blocks multiply an addend by (1 in most families), up to a state.
-
-        Args:
-            layer, part: after which writer, or (0, "pre") for the embedding.
-            until: before what (layer, "attn" | "mlp") reads; None for the final stream.
-        """
-        total: Tensor | float = 1.0
-        if self.model.anatomy.carries:
-            for at, reader in self._carried(layer, part):
-                if (at, reader) == until:
-                    break
-                row = self.model.block(at)
-                if reader == "mlp" or not row.parallel:
-                    total = total * self.model.factor(at, f"{reader}_carry")
-        return total
-
-    def _carried(self, layer: int, part: str) -> Iterator[tuple[int, str]]:
-        """The writers that come after one, in order: each multiplies what is there by its carry."""
-        if part == "pre":
-            yield layer, "attn"
-        if part != "mlp":
-            parallel = self.model.block(layer).parallel and part == "attn"
-            if not parallel:  # both are added after the carry of a parallel block
-                yield layer, "mlp"
-        for later in range(layer + 1, self.model.anatomy.n_layers):
-            yield later, "attn"
-            yield later, "mlp"
+        """`reach` of its model."""
+        return reach(self.model, layer, part, until)
 
     def require_fresh(self) -> None:
         """Refuse to be used on weights other than those that it was made with.
@@ -170,6 +146,37 @@ class Recording:
         yield from (self.resid_final, self.bs_values, self.logits)
         if self.stream is not None:
             yield from (self.stream.resid_pre, self.stream.attn_out, self.stream.mlp_out)
+
+
+def reach(model: OpenedModel, layer: int, part: str, until: tuple[int, str] | None = None) -> Tensor | float:
+    """What later blocks multiply an addend by (1 in most families), up to a state.
+
+    Args:
+        model: whose blocks. layer, part: after which writer, or (0, "pre") for the embedding.
+        until: before what (layer, "attn" | "mlp") reads; None for the final stream.
+    """
+    total: Tensor | float = 1.0
+    if model.anatomy.carries:
+        for at, reader in _carried(model, layer, part):
+            if (at, reader) == until:
+                break
+            row = model.block(at)
+            if reader == "mlp" or not row.parallel:
+                total = total * model.factor(at, f"{reader}_carry")
+    return total
+
+
+def _carried(model: OpenedModel, layer: int, part: str) -> Iterator[tuple[int, str]]:
+    """The writers that come after one, in order: each multiplies what is there by its carry."""
+    if part == "pre":
+        yield layer, "attn"
+    if part != "mlp":
+        parallel = model.block(layer).parallel and part == "attn"
+        if not parallel:  # both are added after the carry of a parallel block
+            yield layer, "mlp"
+    for later in range(layer + 1, model.anatomy.n_layers):
+        yield later, "attn"
+        yield later, "mlp"
 
 
 def record(model: OpenedModel, prompt: Prompt, *, positions: Literal["target", "all"] = "target") -> Recording:

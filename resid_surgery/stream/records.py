@@ -3,7 +3,7 @@
 Everything is kept in the model's own dtype; weights, gates and factors in float32 or better.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from resid_surgery.errors import ClosureError
 from resid_surgery.models.attention import AttentionCall, ExpertsCall
 from resid_surgery.models.opening import OpenedModel
-from resid_surgery.models.tracing import Tap, TapName, Values, mixing
+from resid_surgery.models.taps import Tap, TapName
+from resid_surgery.models.tracing import Values, mixing
 
 STREAM: tuple[TapName, ...] = ("block_in", "attn_add", "mlp_add")
 
@@ -52,7 +53,8 @@ class AttentionRecord:
         value: (kv_head, source, d_head).
         z: (head, d_head) W_O's input. gate: (head, d_head) what multiplies each head's mixed value
             on the way there (a gate, a norm), or None for nothing.
-        alpha: (head, source) effective attention weights of t, in float32 or better.
+        alpha: (head, source) effective attention weights of t, in float32 or better. from_scores: they
+            are a softmax of query times key; else the model gave them.
     """
 
     query: Float[Tensor, "head d_key"] | None
@@ -61,6 +63,7 @@ class AttentionRecord:
     z: Float[Tensor, "head d_head"]
     gate: Float[Tensor, "head d_head"] | None
     alpha: Float[Tensor, "head source"]
+    from_scores: bool
 
 
 @final
@@ -156,12 +159,13 @@ def attention_record(model: OpenedModel, layer: int, values: Values, r: int, t: 
     z = values[Tap("attn_z", layer)][r, 0].view(size.n_heads, size.d_head)
     mix = values[Tap("attn_mix", layer)][r, 0] if model.block(layer).gated else None
     return AttentionRecord(
-        query=None if call.query is None else call.query[r, :, t - call.first],
+        query=None if call.query is None else call.query[r, :, call.queries([t])[0]],
         key=None if call.key is None else call.key[r],
         value=call.value[r],
         z=z,
         gate=None if mix is None else gate_between(mix, z),
         alpha=attention_row(call, r, t),
+        from_scores=call.from_scores,
     )
 
 
@@ -204,32 +208,46 @@ def neuron_groups(model: OpenedModel, layer: int, values: Values, r: int) -> Ite
 
 
 def attention_row(call: AttentionCall, row: int, t: int) -> Float[Tensor, "head source"]:
-    """Effective attention weights of position t, recomputed from the attention call's inputs.
+    """`attention_rows` of one position."""
+    return attention_rows(call, row, [t])[0]
+
+
+def attention_rows(
+    call: AttentionCall, row: int, at: Sequence[int], query: Tensor | None = None, key: Tensor | None = None
+) -> Float[Tensor, "n head source"]:
+    """Effective attention weights of some positions, recomputed from the attention call's inputs.
 
     alpha[h, j] = softmax_j(cap(q[h,t] . k[h,j] * scaling) + mask[t,j]); works whatever attention
     implementation the model runs, so the slow one is never forced on it. Sinks are one more column of
     the softmax that is dropped afterwards: the weights then sum to less than 1.
+
+    Args:
+        call: an attention call. row: of its batch. at: which positions.
+        query, key: instead of the call's: (head, n, d_key) and (kv_head or head, source, d_key).
     """
     work = torch.float64 if call.value.dtype == torch.float64 else torch.float32
+    places = call.queries(at)
     if call.weights is not None:
-        return call.weights[row, :, t - call.first].to(work)
+        return call.weights[row][:, places].transpose(0, 1).to(work)
     if call.query is None or call.key is None:
         raise ClosureError("attention was read without weights and without queries and keys.")
-    query, keys = call.query[row, :, t - call.first], call.key[row]
-    grouped = query.to(work).view(keys.shape[0], -1, query.shape[-1])  # heads of a KV group together
-    scores = (grouped @ keys.to(work).transpose(1, 2)).flatten(0, 1) * call.scaling
+    queries = call.query[row][:, places] if query is None else query
+    keys = call.key[row] if key is None else key
+    n_heads, n, width = queries.shape
+    grouped = queries.to(work).reshape(keys.shape[0], -1, width)  # heads of a KV group together
+    scores = (grouped @ keys.to(work).transpose(1, 2)).view(n_heads, n, -1) * call.scaling
     if call.softcap is not None:
         scores = torch.tanh(scores / call.softcap) * call.softcap
     if call.mask is None:
-        seen = torch.arange(scores.shape[1], device=scores.device) <= t
+        seen = torch.arange(scores.shape[-1], device=scores.device) <= torch.tensor(at, device=scores.device)[:, None]
         scores = scores.masked_fill(~seen, -torch.inf)
     else:
-        mask = call.mask[min(row, call.mask.shape[0] - 1), :, t - call.first, : scores.shape[1]]
+        mask = call.mask[min(row, call.mask.shape[0] - 1)][:, places, : scores.shape[-1]]
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(work)
-    if call.sinks is None:
-        return torch.softmax(scores, -1)
-    sinks = call.sinks.to(work).reshape(-1, 1)  # they take weight and give no value
-    return torch.softmax(torch.cat([scores, sinks], -1), -1)[:, :-1]
+    if call.sinks is not None:  # they take weight and give no value
+        sinks = call.sinks.to(work).reshape(-1, 1, 1).expand(-1, n, 1)
+        return torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1].transpose(0, 1)
+    return torch.softmax(scores, -1).transpose(0, 1)
 
 
 def repeat_kv(kv: Float[Tensor, "kv *rest"], n_heads: int) -> Float[Tensor, "head *rest"]:

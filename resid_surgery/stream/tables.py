@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resid_surgery._check import choice, whole
-from resid_surgery.sites import as_sites
+from resid_surgery.addresses import as_sites, expand
 from resid_surgery.stream.blocks import Block
 from resid_surgery.stream.recording import Recording, need_recording
 from resid_surgery.stream.subvalues import GRAINS, addends, resolve_in, vector_of
@@ -180,7 +180,7 @@ def spectrum(rec: Recording, site: Any, *, top: int = 10) -> pd.DataFrame:
     """
     need_recording(rec)
     whole("top", top, 1, rec.model.vocab_size // 2, model=rec.model.name)
-    sites = [resolve_in(rec, one) for one in as_sites(site)]
+    sites = [resolve_in(rec, one) for one in expand(as_sites(site), rec.model.anatomy, rec.prompt.position)]
     bs = Readout.of(rec).bs(torch.stack([vector_of(rec, one) for one in sites]))
     frames = []
     for one, values in zip(sites, bs, strict=True):

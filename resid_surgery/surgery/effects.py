@@ -34,8 +34,11 @@ from resid_surgery.stream.blocks import PostMap
 from resid_surgery.stream.recording import Recording, be_recording
 from resid_surgery.stream.tables import bs_columns
 from resid_surgery.stream.vocabulary import Readout
-from resid_surgery.surgery.engine import Change, Run, run_rows
-from resid_surgery.surgery.interventions import Intervention, resolve
+from resid_surgery.surgery.engine import Run, run_rows
+from resid_surgery.surgery.interventions import Intervention
+from resid_surgery.surgery.reading import fetch
+from resid_surgery.surgery.resolving import Resolver, Scene
+from resid_surgery.surgery.writing import Change
 
 PARTS = ("direct", "post_norm", "norm_scale", "indirect")
 
@@ -283,10 +286,12 @@ def intervene_each(rec: Recording, rows: Sequence[Any], *, movers: int = 5) -> l
     given = [tuple(one) if _is_list(one) else (one,) for one in rows]
     if not given:
         raise InterventionError(message("rows", "a non-empty list of intervention lists", rows))
-    resolved = [resolve(rec, one) for one in given]
+    resolver = Resolver(Scene.of(rec))
+    resolved = [resolver.resolve(one) for one in given]
     rec.require_fresh()
+    fetch(rec.model, resolver.wants)
     runs = run_rows(rec, resolved)
-    return [Effect(rec, one, a, b, movers) for one, (a, b) in zip(given, runs, strict=True)]
+    return [Effect(rec, one, *pair[0], movers) for one, pair in zip(given, runs, strict=True)]
 
 
 def _is_list(one: Any) -> bool:

@@ -1,49 +1,44 @@
 """Interventions: operations on sites, as plain values.
 
-``Zero``, ``Scale``, ``Patch`` and ``Steer`` say what to do to which sites at which positions; nothing
-happens until `resid_surgery.intervene` runs them. The order in a list does not matter: operations
-act in forward order, and at one place finer sites before coarser ones and ``Scale`` before ``Steer``.
+``Zero``, ``Scale``, ``Steer``, ``Set``, ``Clamp``, ``Patch``, ``Mean``, ``Attend`` and ``Cut`` say what to do to which
+sites at which positions; nothing happens until `resid_surgery.intervene`, `sweep` or `under` runs them.
+The order in a list does not matter: operations act in forward order, and at one place finer sites before
+coarser ones and ``Scale`` before ``Steer``. They compare and hash by value, and ``repr`` can be pasted back.
 """
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, Literal, final
 
-import torch
 from torch import Tensor
 
 from resid_surgery import _check
-from resid_surgery.errors import ArgumentError, InterventionError, PromptError, SiteError, StaleRecordingError
-from resid_surgery.sites import (
-    AttnNeuron,
-    Bias,
-    Constant,
-    ExpertNeuron,
-    Head,
-    HeadSource,
-    Neuron,
-    Resid,
-    SharedNeuron,
-    Site,
-    Sublayer,
-    as_sites,
+from resid_surgery.addresses import At, Edge, as_sites
+from resid_surgery.errors import ArgumentError, InterventionError, SiteError
+from resid_surgery.models.prompts import Prompt
+from resid_surgery.sites import AttnNeuron, Bias, Constant, ExpertNeuron, HeadSource, Neuron, SharedNeuron, Site
+from resid_surgery.stream.recording import Recording
+from resid_surgery.surgery.arguments import (
+    Donor,
+    Positions,
+    need_donor,
+    need_kind,
+    numbers,
+    plain_align,
+    plain_positions,
 )
-from resid_surgery.stream.recording import Recording, be_recording
-from resid_surgery.stream.subvalues import attention_of, joint_parts, need_group, neuron_place, resolve_in
 
-_NEURONS = (Neuron, ExpertNeuron, SharedNeuron)
-Positions = Any  # "target" | "all" | index | indices | token text
+COEFFICIENTS = (Neuron, ExpertNeuron, SharedNeuron, AttnNeuron)
 
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """Base of `Zero`, `Scale`, `Patch` and `Steer`.
+    """Base of all operations.
 
     Attributes:
-        sites: what is operated on: sites or their texts.
+        sites: what is operated on: sites, slices or edges, or their texts.
         positions: where: "target" (the predicting position), "all", an index, indices, or the
-            text of one token.
+            text of one token. A site written with ``@p`` has its own.
     """
 
     sites: Any
@@ -52,19 +47,35 @@ class Intervention:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", as_sites(self.sites))
         for site in self.sites:
-            if isinstance(site, Bias) or (isinstance(site, Constant) and site.name != "embed"):
+            bare = site.site if isinstance(site, At) else site
+            if isinstance(bare, Bias) or (isinstance(bare, Constant) and bare.name != "embed"):
                 raise SiteError(
                     f"`{site}` is a constant of the weights; operate on its sublayer, or edit the weights instead."
                 )
-        object.__setattr__(self, "positions", _plain_positions(self.positions))
+            self._accept(bare)
+        object.__setattr__(self, "positions", plain_positions(self.positions))
+
+    def _accept(self, site: Site) -> None:
+        """Refuse a kind of site that this operation has no meaning for."""
 
     def __repr__(self) -> str:
+        return self._text(self._detail())
+
+    @property
+    def brief(self) -> str:
+        """The repr without the numbers of vectors, for messages."""
+        return self._text(self._short())
+
+    def _text(self, detail: str) -> str:
         sites = [str(s) for s in self.sites]
         where = "" if self.positions == "target" else f", positions={self.positions!r}"
-        return f"{type(self).__name__}({sites}{self._detail()}{where})"
+        return f"{type(self).__name__}({sites}{detail}{where})"
 
     def _detail(self) -> str:
         return ""
+
+    def _short(self) -> str:
+        return self._detail()
 
     def _key(self) -> tuple[Any, ...]:
         return (type(self), self.sites, repr(self.positions), self._detail())
@@ -76,6 +87,13 @@ class Intervention:
         return hash(self._key())
 
 
+def _put(one: Intervention, sites: Any, positions: Positions, **values: Any) -> None:
+    """Fill a frozen intervention's fields and check them."""
+    for name, value in {"sites": sites, "positions": positions, **values}.items():
+        object.__setattr__(one, name, value)
+    one.__post_init__()
+
+
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class Zero(Intervention):
@@ -84,6 +102,8 @@ class Zero(Intervention):
     Example:
         >>> Zero(["L27.N846", "L12.H4<3"])
         Zero(['L27.N846', 'L12.H4<3'])
+        >>> Zero("L20:24.H*", positions="all")
+        Zero(['L20:24.H*'], positions='all')
     """
 
 
@@ -100,10 +120,7 @@ class Scale(Intervention):
     factor: float = 1.0
 
     def __init__(self, sites: Any, factor: float, *, positions: Positions = "target") -> None:
-        object.__setattr__(self, "sites", sites)
-        object.__setattr__(self, "factor", _check.finite("factor", factor))
-        object.__setattr__(self, "positions", positions)
-        self.__post_init__()
+        _put(self, sites, positions, factor=_check.finite("factor", factor))
 
     def _detail(self) -> str:
         return f", {self.factor}"
@@ -111,277 +128,260 @@ class Scale(Intervention):
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class Patch(Intervention):
-    """Give sites the values that they had in another recording of the same model.
+class Steer(Intervention):
+    """Add a vector to what a site writes, or to a state of the stream.
 
-    The donor must have as many tokens; each position takes the donor's value at the same index.
-    Positions other than the donor's predicting position need a donor recorded with
-    ``positions="all"``, and there only whole sublayers and states can be patched.
+    At a sublayer, a state or an edge the vector (d_model) is added to the stream itself; at a neuron or head
+    to the sublayer's output, before a post-norm; at a query, key or value (``L3.Q4``) to that, d_head numbers.
+    Instead of a vector, a multiple of a difference of unembedding rows: times * (W_U[toward] - W_U[away]).
+
+    Args:
+        sites, positions: as everywhere. vector: numbers. toward, away: tokens (texts or ids); `away` may be
+            left out. times: the multiple.
+
+    Example:
+        >>> Steer("L20.resid_post", toward=" Paris", away=" London", times=4.0)
+        Steer(['L20.resid_post'], toward=' Paris', away=' London', times=4.0)
     """
 
-    donor: Recording | None = None
+    vector: Tensor | None = None
+    toward: str | int | None = None
+    away: str | int | None = None
+    times: float = 1.0
 
-    def __init__(self, sites: Any, donor: Recording, *, positions: Positions = "target") -> None:
-        be_recording(donor, "donor")
-        object.__setattr__(self, "sites", sites)
-        object.__setattr__(self, "donor", donor)
-        object.__setattr__(self, "positions", positions)
-        self.__post_init__()
+    def __init__(
+        self,
+        sites: Any,
+        vector: Any = None,
+        *,
+        toward: str | int | None = None,
+        away: str | int | None = None,
+        times: float = 1.0,
+        positions: Positions = "target",
+    ) -> None:
+        if (vector is None) == (toward is None):
+            raise ArgumentError("`vector` or `toward` must be given to Steer, and not both.")
+        if vector is not None and (away is not None or times != 1.0):
+            raise ArgumentError("`away` and `times` go with `toward`, not with a vector; multiply the vector itself.")
+        tensor = None if vector is None else numbers("vector", vector)
+        for name, token in (("toward", toward), ("away", away)):
+            if token is not None and not isinstance(token, str) and _check.index_of(token) is None:
+                raise ArgumentError(_check.message(name, "a token's text or id", token))
+        _put(self, sites, positions, vector=tensor, toward=toward, away=away, times=_check.finite("times", times))
 
     def _detail(self) -> str:
-        return f", donor={self.donor!r}"
+        if self.vector is not None:
+            return f", {self.vector.tolist()}"
+        away = "" if self.away is None else f", away={self.away!r}"
+        return f", toward={self.toward!r}{away}, times={self.times}"
 
-    def _key(self) -> tuple[Any, ...]:
-        return (type(self), self.sites, repr(self.positions), id(self.donor))
+    def _short(self) -> str:
+        return self._detail() if self.vector is None else f", <vector of {self.vector.numel()}>"
 
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class Steer(Intervention):
-    """Add a vector (d_model) to what a site writes, or to a state of the stream.
+class Set(Intervention):
+    """Give sites these values, each in the site's own space.
 
-    At a sublayer or a state the vector is added to the stream itself; at a neuron or head it is
-    added to the sublayer's output, before a post-norm.
+    A coefficient for a neuron or attention neuron, d_head numbers for a head or (head, source), d_model for a
+    sublayer, a state or an edge, d_key or d_head for a query, key or value.
+
+    Args:
+        sites: sites, no slices. values: one for all, or one a site; for several positions, a list of one value
+            a position in place of each. positions: "target", an index or indices.
     """
 
-    vector: Tensor | None = None
+    values: tuple[tuple[Tensor, ...], ...] = ()
 
-    def __init__(self, sites: Any, vector: Any, *, positions: Positions = "target") -> None:
-        try:
-            tensor = torch.as_tensor(vector).detach().clone()
-        except (TypeError, ValueError, RuntimeError):
-            raise ArgumentError(_check.message("vector", "a vector of d_model numbers", vector)) from None
-        if tensor.ndim != 1 or tensor.is_complex() or not bool(torch.isfinite(tensor).all()):
-            got = f"shape {tuple(tensor.shape)}, {tensor.dtype}, finite: {bool(torch.isfinite(tensor).all())}"
-            raise ArgumentError(_check.message("vector", "a vector of d_model finite numbers", got))
-        object.__setattr__(self, "sites", sites)
-        object.__setattr__(self, "vector", tensor)
-        object.__setattr__(self, "positions", positions)
-        self.__post_init__()
+    def __init__(self, sites: Any, values: Any, *, positions: Positions = "target") -> None:
+        sites = as_sites(sites)
+        if not isinstance(values, (list, tuple)) or len(values) != len(sites):
+            raise ArgumentError(_check.message("values", f"a list of one value for each of {len(sites)} sites", values))
+        many = not (isinstance(positions, str) or _check.index_of(positions) is not None)
+        if many and not all(isinstance(one, (list, tuple)) and len(one) == len(positions) for one in values):
+            raise ArgumentError(_check.message("values", "a list of one value a position for each site", values))
+        held = [tuple(numbers("values", v, low=0, high=2) for v in (one if many else [one])) for one in values]
+        _put(self, sites, positions, values=tuple(held))
 
     def _detail(self) -> str:
-        assert self.vector is not None
-        return f", <vector of {self.vector.numel()}, norm {float(self.vector.norm()):.4g}>"
+        many = isinstance(self.positions, tuple)
+        return f", {[[v.tolist() for v in one] if many else one[0].tolist() for one in self.values]}"
 
-    def _key(self) -> tuple[Any, ...]:
-        assert self.vector is not None
-        return (type(self), self.sites, repr(self.positions), tuple(self.vector.tolist()))
+    def _short(self) -> str:
+        return f", <{sum(len(one) for one in self.values)} values>"
 
 
 @final
-@dataclass(frozen=True, eq=False)
-class Operation:
-    """One site at one position of one row, resolved: left = factor * found + value, then + steer.
+@dataclass(frozen=True, eq=False, repr=False)
+class Clamp(Intervention):
+    """Hold coefficients at a value: of neurons, experts' neurons or attention neurons.
 
-    Attributes:
-        site, position: resolved. factor: 0 removes, 1 leaves.
-        value: what replaces, in the site's own space (a coefficient, a head's z, a vector).
-        steer: (d_model,) vector added to what is written. origin: the intervention, for messages.
+    Example:
+        >>> Clamp("L27.N846", 3.0)
+        Clamp(['L27.N846'], 3.0)
     """
 
-    site: Site
-    position: int
-    factor: float
-    value: Tensor | None
-    steer: Tensor | None
-    origin: Intervention
+    value: float = 0.0
+
+    def __init__(self, sites: Any, value: float, *, positions: Positions = "target") -> None:
+        _put(self, sites, positions, value=_check.finite("value", value))
+
+    def _accept(self, site: Site) -> None:
+        need_kind(site, COEFFICIENTS, "Clamp", "a neuron or attention neuron, which has a coefficient")
+
+    def _detail(self) -> str:
+        return f", {self.value}"
 
 
-def resolve(rec: Recording, interventions: Any) -> tuple[Operation, ...]:
-    """Interventions as operations on a recording's prompt, checked before any forward runs.
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Patch(Intervention):
+    """Give sites the values that they have on another prompt (activation patching), or, along an edge, let
+    one reader read them (path patching).
 
-    Raises:
-        InterventionError: no interventions, contradictions or nested writes (both named).
-        SiteError: a site does not exist. PromptError: a position does not exist.
-        StaleRecordingError: a donor was made with other weights.
+    Args:
+        sites, positions: as everywhere. donor: a recording of the same model, or a `Prompt` to run.
+        align: which position of the donor a position p takes its value from. None: the predicting position
+            from the donor's, any other from the same index; "index": the same index; "token": the same
+            token text (the k-th of several from the k-th); or a mapping {p: q}, indices or token texts.
+            Lengths may differ. Sources of (head, source) pairs are aligned in the same way.
+
+    Example:
+        >>> Patch("L5.mlp", Prompt("The capital of Italy is", target=" Rome")).brief
+        "Patch(['L5.mlp'], donor='The capital of Italy is')"
     """
-    if isinstance(interventions, Intervention):
-        interventions = [interventions]
-    if isinstance(interventions, (str, bytes)) or not isinstance(interventions, Iterable):
-        raise InterventionError(_check.message("interventions", "a list of Zero, Scale, Patch or Steer", interventions))
-    out: list[Operation] = []
-    for one in interventions:
+
+    donor: Donor | None = None
+    align: Any = None
+
+    def __init__(self, sites: Any, donor: Donor, *, align: Any = None, positions: Positions = "target") -> None:
+        _put(self, sites, positions, donor=need_donor("donor", donor), align=plain_align(align))
+
+    def _detail(self) -> str:
+        return f", donor={_prompt_of(self.donor)!r}{_align_text(self.align)}"
+
+    def _short(self) -> str:
+        return f", donor={_said(self.donor)}{_align_text(self.align)}"
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Mean(Intervention):
+    """Give sites the mean of their values over a set of prompts (mean ablation), streamed.
+
+    Args:
+        sites, positions: as everywhere. over: recordings or `Prompt`s; prompts are run one at a time and only the
+            sums are kept. align: as in `Patch`.
+    """
+
+    over: tuple[Donor, ...] = ()
+    align: Any = None
+
+    def __init__(self, sites: Any, over: Any, *, align: Any = None, positions: Positions = "target") -> None:
+        if isinstance(over, (str, Prompt, Recording)) or not isinstance(over, Iterable):
+            raise ArgumentError(_check.message("over", "a sequence of recordings or prompts", over))
+        donors = tuple(need_donor("over", one) for one in over)
+        if not donors:
+            raise ArgumentError(_check.message("over", "at least one recording or prompt", list(donors)))
+        _put(self, sites, positions, over=donors, align=plain_align(align))
+
+    def _detail(self) -> str:
+        return f", over={[_prompt_of(one) for one in self.over]!r}{_align_text(self.align)}"
+
+    def _short(self) -> str:
+        return f", over=<{len(self.over)} prompts>{_align_text(self.align)}"
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Attend(Intervention):
+    """Set the attention weight of (head, source) pairs; the head writes what follows from it.
+
+    Args:
+        sites: (head, source) pairs, as ``L12.H4<3``. weight: the new alpha[t, j].
+        renormalise: give the row's other weights what is left, in proportion, so that its sum stays as it was
+            (0 with renormalising is attention knockout). Default: the others stay as they are.
+
+    Example:
+        >>> Attend("L12.H4<3", 0.0, renormalise=True)
+        Attend(['L12.H4<3'], 0.0, renormalise=True)
+    """
+
+    weight: float = 0.0
+    renormalise: bool = False
+
+    def __init__(
+        self, sites: Any, weight: float, *, renormalise: bool = False, positions: Positions = "target"
+    ) -> None:
+        if not isinstance(renormalise, bool):
+            raise ArgumentError(_check.message("renormalise", "True or False", renormalise))
+        _put(self, sites, positions, weight=_check.finite("weight", weight), renormalise=renormalise)
+
+    def _accept(self, site: Site) -> None:
+        need_kind(site, (HeadSource,), "Attend", "a (head, source) pair such as L12.H4<3, which has a weight")
+
+    def _detail(self) -> str:
+        return f", {self.weight}, renormalise={self.renormalise}"
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Cut(Intervention):
+    """Let one reader read the stream without one writer's addend; nobody else notices (see `Edge`).
+
+    The reader reads N(r - u) instead of N(r), u and r being this run's. The same as ``Zero(Edge(writer, reader,
+    side, norm))``; several writers and readers are all their pairs.
+
+    Example:
+        >>> Cut("L3.mlp", "L5.N7", norm="frozen")
+        Cut(['L3.mlp->L5.N7:frozen'])
+        >>> Cut("L3.mlp", "L9.H4", side="query") == Cut("L3.mlp->L9.H4.query")
+        True
+    """
+
+    def __init__(
+        self,
+        writer: Any,
+        reader: Any = None,
+        *,
+        side: Literal["all", "query", "key", "value"] = "all",
+        norm: Literal["live", "frozen"] = "live",
+        positions: Positions = "target",
+    ) -> None:
+        if reader is None:
+            edges = as_sites(writer)
+        else:
+            edges = tuple(Edge(a, b, side, norm) for a in as_sites(writer) for b in as_sites(reader))
+        _put(self, edges, positions)
+
+    def _accept(self, site: Site) -> None:
+        need_kind(site, (Edge,), "Cut", "an edge: a writer and a reader, or 'L3.mlp->L5.N7'")
+
+
+def as_interventions(given: Any) -> tuple[Intervention, ...]:
+    """One intervention, or a list of them, as a non-empty tuple."""
+    if isinstance(given, Intervention):
+        return (given,)
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise InterventionError(_check.message("interventions", "a list of Zero, Scale, Patch, Cut, ...", given))
+    found = tuple(given)
+    for one in found:
         if not isinstance(one, Intervention):
-            raise InterventionError(_check.message("interventions", "a list of Zero, Scale, Patch or Steer", one))
-        out += _operations(rec, one)
-    if not out:
+            raise InterventionError(_check.message("interventions", "a list of Zero, Scale, Patch, Cut, ...", one))
+    if not found:
         raise InterventionError("`interventions` must hold at least one operation; got none.")
-    _refuse_overlaps(out)
-    return tuple(out)
+    return found
 
 
-def _operations(rec: Recording, one: Intervention) -> list[Operation]:
-    if isinstance(one, Patch):
-        _check_donor(rec, one)
-    if isinstance(one, Steer) and one.vector is not None and one.vector.numel() != rec.model.anatomy.d_model:
-        raise ArgumentError(
-            _check.message("vector", f"{rec.model.anatomy.d_model} numbers", one.vector.numel(), model=rec.model.name)
-        )
-    out = []
-    for site, position in itertools.product(one.sites, rec.prompt.positions(one.positions)):
-        site = _canonical(resolve_in(rec, site))
-        source = getattr(site, "source", None)
-        if source is not None and source > position:
-            if one.positions == "all":
-                continue  # causal: there is nothing from a later source
-            raise SiteError(f"`{site}` has no source {source} at position {position}: attention is causal.")
-        factor, value, steer = 1.0, None, None
-        here = position == rec.prompt.position and one.positions != "all"
-        if isinstance(site, ExpertNeuron) and here and not isinstance(one, Steer):
-            need_group(rec, site)
-        if isinstance(one, Zero):
-            factor = 0.0
-        elif isinstance(one, Scale):
-            factor = one.factor
-        elif isinstance(one, Patch):
-            factor, value = 0.0, _donor_value(one, site, position)
-        elif isinstance(one, Steer):
-            assert one.vector is not None
-            steer = rec.work(one.vector)
-        out.append(Operation(site, position, factor, value, steer, one))
-    return out
+def _prompt_of(donor: Donor | None) -> Prompt | None:
+    return donor.prompt.source if isinstance(donor, Recording) else donor
 
 
-def _canonical(site: Site) -> Site:
-    """One name per place: the embedding is the first block's input."""
-    return Resid(0, "pre") if isinstance(site, Constant) else site
+def _said(donor: Donor | None) -> str:
+    prompt = _prompt_of(donor)
+    return repr(None if prompt is None else prompt.text if prompt.text is not None else list(prompt.ids or ()))
 
 
-def _check_donor(rec: Recording, one: Patch) -> None:
-    donor = one.donor
-    assert donor is not None
-    if donor.model is not rec.model:
-        raise InterventionError(
-            f"`donor` must be a recording of the same opened model ({rec.model.name}); got one of {donor.model.name}."
-        )
-    if donor.fingerprint != rec.fingerprint:
-        raise StaleRecordingError(
-            f"`donor` was recorded with other weights of {rec.model.name} than the recording operated on. "
-            "Record it again."
-        )
-    if donor.n_positions != rec.n_positions:
-        raise InterventionError(
-            f"`donor` must have as many tokens as the recording ({rec.n_positions}); got {donor.n_positions} "
-            f"({list(donor.prompt.tokens)})."
-        )
-
-
-def _donor_value(one: Patch, site: Site, position: int) -> Tensor:
-    donor = one.donor
-    assert donor is not None
-    if position == donor.prompt.position:
-        return _value_at_target(donor, site)
-    if donor.stream is None or not isinstance(site, (Sublayer, Resid)):
-        what = (
-            "only whole sublayers and states are kept there"
-            if donor.stream is not None
-            else "it holds only its predicting position"
-        )
-        raise InterventionError(
-            f"`donor` has no value of {site} at position {position}: {what}. "
-            "Record the donor with positions='all' and patch L*.attn, L*.mlp or L*.resid_*."
-        )
-    s, i = donor.stream, site.layer
-    if isinstance(site, Sublayer):
-        return donor.work((s.attn_out if site.part == "attn" else s.mlp_out)[i, position])
-    if site.stage == "pre":
-        return donor.work(s.resid_pre[i, position])
-    if site.stage == "post" and i + 1 < len(s.resid_pre):
-        return donor.work(s.resid_pre[i + 1, position])
-    model = donor.model
-    attn, mlp = donor.work(s.attn_out[i, position]), donor.work(s.mlp_out[i, position])
-    state = donor.work(s.resid_pre[i, position])
-    if model.block(i).parallel:
-        return state * model.factor(i, "mlp_carry") + attn + mlp
-    state = state * model.factor(i, "attn_carry") + attn
-    return state if site.stage == "mid" else state * model.factor(i, "mlp_carry") + mlp
-
-
-def _value_at_target(donor: Recording, site: Site) -> Tensor:
-    if isinstance(site, (Neuron, ExpertNeuron, SharedNeuron)):
-        return donor.work(need_group(donor, site, f"{site} of the donor").coefficient[neuron_place(site)[1]])
-    if isinstance(site, Head):
-        return donor.work(attention_of(donor, site.layer, str(site)).z[site.head])
-    if isinstance(site, HeadSource):
-        return joint_parts(donor, site.layer)[site.head, site.source]
-    if isinstance(site, AttnNeuron):
-        if site.source is None:
-            return donor.work(attention_of(donor, site.layer, str(site)).z[site.head, site.index])
-        return joint_parts(donor, site.layer)[site.head, site.source, site.index]
-    record = donor.layers[site.layer]  # type: ignore[attr-defined]
-    if isinstance(site, Sublayer):
-        return donor.work(record.attn_out if site.part == "attn" else record.mlp_out)
-    assert isinstance(site, Resid)
-    if site.stage == "pre":
-        return donor.work(record.resid_pre)
-    if site.stage == "mid":
-        return donor.resid_mid(site.layer)
-    last = site.layer == donor.model.anatomy.n_layers - 1
-    return donor.work(donor.resid_final if last else donor.layers[site.layer + 1].resid_pre)
-
-
-def _refuse_overlaps(operations: Sequence[Operation]) -> None:
-    """Writes to one place, or to a whole and its part, are refused unless all scale or steer."""
-    groups: dict[tuple[Any, ...], dict[Site, list[Operation]]] = {}
-    for op in operations:
-        groups.setdefault((_region(op.site), op.position), {}).setdefault(op.site, []).append(op)
-    for group in groups.values():
-        for same in group.values():
-            for a, b in itertools.combinations(same, 2):
-                _refuse(a, b)
-        # neurons can only meet themselves or their whole sublayer: no need to compare them pairwise
-        coarse = [site for site in group if not isinstance(site, _NEURONS)]
-        for site in coarse:
-            for other in group:
-                if (isinstance(other, _NEURONS) or str(site) < str(other)) and _overlap(site, other):
-                    for a, b in itertools.product(group[site], group[other]):
-                        _refuse(a, b)
-
-
-def _refuse(a: Operation, b: Operation) -> None:
-    """Raise unless two writes to one place combine."""
-    if all(isinstance(op.origin, (Scale, Steer)) for op in (a, b)):
-        return
-    raise InterventionError(
-        f"{a.origin!r} and {b.origin!r} both write {a.site}"
-        + (f" and {b.site}, one inside the other," if a.site != b.site else "")
-        + f" at position {a.position}. Keep one, or use Scale and Steer only, which combine."
-    )
-
-
-def _region(site: Site) -> tuple[Any, ...]:
-    if isinstance(site, Resid):
-        return (site.layer + (site.stage == "post"), "mid" if site.stage == "mid" else "pre")
-    part = site.part if isinstance(site, Sublayer) else "mlp" if isinstance(site, _NEURONS) else "attn"
-    return (site.layer, part)  # type: ignore[attr-defined]
-
-
-def _overlap(a: Site, b: Site) -> bool:
-    if isinstance(a, (Sublayer, Resid)) or isinstance(b, (Sublayer, Resid)):
-        return True
-    if isinstance(a, _NEURONS) and isinstance(b, _NEURONS):
-        return a == b
-    if a.head != b.head:  # type: ignore[attr-defined]
-        return False
-    for name in ("index", "source"):
-        left, right = getattr(a, name, None), getattr(b, name, None)
-        if left is not None and right is not None and left != right:
-            return False
-    return True
-
-
-def _plain_positions(given: Any) -> str | int | tuple[str | int, ...]:
-    """Positions as plain values: a word or token text, an index, or a tuple of them."""
-    if isinstance(given, str):
-        return given
-    number = _check.index_of(given)
-    if number is not None:
-        return number
-    if isinstance(given, Iterable) and not isinstance(given, (bytes, dict)):
-        members = [one.item() if isinstance(one, torch.Tensor) and one.ndim == 0 else one for one in given]
-        plain = [_plain_positions(one) for one in members]
-        if not plain:
-            raise PromptError(_check.message("positions", "at least one position", given))
-        if not any(isinstance(one, tuple) for one in plain):
-            return tuple(one for one in plain if not isinstance(one, tuple))
-    raise ArgumentError(_check.message("positions", "'target', 'all', an index, indices or a token's text", given))
+def _align_text(align: Any) -> str:
+    return "" if align is None else f", align={dict(align) if isinstance(align, tuple) else align!r}"
