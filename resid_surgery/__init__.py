@@ -26,6 +26,7 @@ _HOMES = {
     "attribution.sources": "sources",
     "surgery.interventions": "Zero Scale Steer Set Clamp Patch Mean Attend Cut",
     "surgery.effects": "Effect intervene intervene_each",
+    "surgery.sweeping": "sweep",
     "evidence.check": "check",
     "evidence.families": "check_families",
     "evidence.operating": "Operated operate",

@@ -9,13 +9,13 @@ import resid_surgery
 
 ROOT = Path(resid_surgery.__file__).parent
 ORDER = {
-    "": ["errors", "_check", "sites", "addresses"],
+    "": ["errors", "_check", "_progress", "sites", "addresses"],
     "models": ["zoo", "parts", "experts", "layout", "calls", "ends", "mlps", "wiring", "anatomy", "prompts", "facts",
                "fingerprint", "checkpoints", "opening", "attention", "taps", "tracing", "settling"],
     "stream": ["records", "recording", "blocks", "subvalues", "vocabulary", "tables", "closing", "loading", "knowing"],
     "attribution": ["scores", "bounds", "locating", "sources"],
     "surgery": ["arguments", "interventions", "conflicts", "resolving", "places", "reading", "writing", "cutting",
-                "engine", "effects"],
+                "engine", "effects", "frames", "measures", "sweeping"],
     "evidence": ["check", "families", "operating"],
     "views": ["plots", "text", "files"],
     "cli": ["main"],

@@ -17,6 +17,7 @@ from resid_surgery.errors import InterventionError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.taps import Tap
 from resid_surgery.models.tracing import Values, forward
+from resid_surgery.stream.blocks import PostMap
 from resid_surgery.stream.closing import relative
 from resid_surgery.stream.recording import Recording, closure_tolerance
 from resid_surgery.stream.vocabulary import Readout
@@ -178,6 +179,24 @@ def reread(rec: Recording, run: Run) -> Run:
     return replace(run, bs=bs, logits=readout.cap(bs))
 
 
+def direct_of(rec: Recording, layer: int, where: str, change: Change, left: Tensor | None) -> Tensor:
+    """What operations at one place give the final stream directly: through the post-norm frozen at what they
+    found, and what later blocks multiply the stream by.
+
+    Args:
+        rec: the recording. layer, where: "attn", "mlp", "pre", "mid" or "post". change: what they did.
+        left: the sublayer's output with them, before a post-norm; None for what has none.
+    """
+    vector = torch.zeros(rec.model.anatomy.d_model, dtype=rec.model.work_dtype, device=rec.model.device)
+    if change.added is not None:
+        vector = vector + change.added
+    if change.raw is not None:
+        assert left is not None
+        vector = vector + PostMap.of(rec.model, layer, where, left - change.raw).push(change.raw)
+    after = {"pre": "pre", "mid": "mid", "post": "mlp"}.get(where, where)
+    return vector * rec.reach(layer, after)
+
+
 def device_of(model: OpenedModel) -> Any:
     """Where token ids have to lie."""
     return model.shadow.get_input_embeddings().weight.device  # type: ignore[operator]
@@ -189,8 +208,11 @@ def touched(writing: Writing, cutting: Cutting) -> set[tuple[int, str]]:
     return found | {(reader.layer, reader.part) for reader in cutting.readers if reader.layer >= 0}
 
 
-def check_fired(writing: Writing, cutting: Cutting, values: Values, at: Sequence[int]) -> None:
+def check_fired(writing: Writing, cutting: Cutting, values: Values, at: Sequence[int] | None) -> None:
     """An operated projection must have written what follows from the input left to it.
+
+    Args:
+        writing, cutting: what was done. values: what was read; `at` is which positions of outputs, None for all.
 
     Raises:
         InterventionError: an operation did not take effect.
@@ -207,21 +229,22 @@ def check_fired(writing: Writing, cutting: Cutting, values: Values, at: Sequence
         raw = Tap(f"{part}_raw", tap.layer)  # type: ignore[arg-type]
         if tap.name not in ("coef", "attn_z") or raw not in after or raw in writing.placed or raw in writing.extra:
             continue
-        last = dict(placed)
-        rows = torch.tensor(list(last))
+        whole = at is None or raw in writing.everywhere
+        last = {(row, op.position): op for row, op in placed if whole or op.position in (at or ())}
+        if not last:
+            continue
+        rows, positions = (torch.tensor(one) for one in zip(*last, strict=True))
+        b, s = writing.grid.places(rows, positions)
         written = model.rows(tap.layer, f"{part}_out")
-        w = model.work(written.rows)
-        for i, position in enumerate(at):
-            b, s = writing.grid.places(rows, torch.full_like(rows, position))
-            left = model.work(writing.left[tap][b, s])
-            made = left @ w if written.bias is None else left @ w + model.work(written.bias)
-            everywhere = raw in writing.everywhere or writing.grid.packed
-            found = model.work(values[raw][b, s] if everywhere else values[raw][rows, i])
-            size = torch.maximum((left.abs() * w.abs().amax(1)).amax(1), found.abs().amax(1)).clamp_min(1e-30)
-            error = (made - found).abs().amax(1) / size
-            if not bool((error <= most).all()):
-                worst = int(torch.nan_to_num(error, nan=torch.inf).argmax())
-                raise InterventionError(_did_not_fire(last[int(rows[worst])]))
+        w, left = model.work(written.rows), model.work(writing.left[tap][b, s])
+        made = left @ w if written.bias is None else left @ w + model.work(written.bias)
+        if not whole:
+            s = torch.tensor([list(at or ()).index(p) for p in positions.tolist()])
+        found = model.work(values[raw][b, s])
+        size = torch.maximum((left.abs() * w.abs().amax(1)).amax(1), found.abs().amax(1)).clamp_min(1e-30)
+        error = torch.nan_to_num((made - found).abs().amax(1) / size, nan=torch.inf)
+        if not bool((error <= most).all()):
+            raise InterventionError(_did_not_fire(list(last.values())[int(error.argmax())]))
 
 
 def _did_not_fire(op: Any) -> str:
