@@ -179,22 +179,24 @@ def reread(rec: Recording, run: Run) -> Run:
     return replace(run, bs=bs, logits=readout.cap(bs))
 
 
-def direct_of(rec: Recording, layer: int, where: str, change: Change, left: Tensor | None) -> Tensor:
+def direct_of(
+    rec: Recording, layer: int, where: str, added: Tensor | None, raw: Tensor | None, left: Tensor | None
+) -> Float[Tensor, "*n d_model"]:
     """What operations at one place give the final stream directly: through the post-norm frozen at what they
     found, and what later blocks multiply the stream by.
 
     Args:
-        rec: the recording. layer, where: "attn", "mlp", "pre", "mid" or "post". change: what they did.
-        left: the sublayer's output with them, before a post-norm; None for what has none.
+        rec: the recording. layer, where: "attn", "mlp", "pre", "mid" or "post".
+        added, raw: (*n, d_model) what they changed after and before a post-norm (see `Change`).
+        left: (*n, d_model) the sublayer's output with them, before a post-norm; goes with `raw`.
     """
-    vector = torch.zeros(rec.model.anatomy.d_model, dtype=rec.model.work_dtype, device=rec.model.device)
-    if change.added is not None:
-        vector = vector + change.added
-    if change.raw is not None:
+    total: Tensor = torch.zeros((), dtype=rec.model.work_dtype, device=rec.model.device)
+    if added is not None:
+        total = total + added
+    if raw is not None:
         assert left is not None
-        vector = vector + PostMap.of(rec.model, layer, where, left - change.raw).push(change.raw)
-    after = {"pre": "pre", "mid": "mid", "post": "mlp"}.get(where, where)
-    return vector * rec.reach(layer, after)
+        total = total + PostMap.of(rec.model, layer, where, left - raw).push(raw)
+    return total * rec.reach(layer, {"post": "mlp"}.get(where, where))
 
 
 def device_of(model: OpenedModel) -> Any:

@@ -17,7 +17,8 @@ from resid_surgery.stream.tables import bs_columns
 from resid_surgery.stream.vocabulary import Readout
 
 MEASURES = ("bs", "log_prob", "all")
-BLOCK_BYTES = 64 << 20
+ROWS = 256
+BLOCK_BYTES = 8 << 20
 
 
 def kl_divergence(clean: Float[Tensor, " vocabulary"], logits: Float[Tensor, " vocabulary"]) -> float:
@@ -57,8 +58,7 @@ class Meter:
         self.bs, self.logits = work(rec.bs_values), work(rec.logits)
         self.log_p = torch.log_softmax(self.logits.double(), -1).to(self.logits)
         self.p = self.log_p.exp()
-        self.block = max(1, BLOCK_BYTES // (len(self.p) * self.p.element_size()))
-        self._buffer: Tensor | None = None
+        self.block = max(1, BLOCK_BYTES // (ROWS * self.p.element_size()))
 
     def clean(self) -> dict[str, float]:
         """What the measures are of the clean run."""
@@ -79,41 +79,87 @@ class Meter:
             columns[name] = self.bs[self.tokens[i]] + change[:, i]
             columns[name.replace("bs_", "bs_change_")] = change[:, i]
         if self.measure != "bs":
-            blocks = [self._block(moved[low : low + self.block]) for low in range(0, len(h), self.block)]
-            columns |= {name: torch.cat([one[name] for one in blocks]) for name in blocks[0]}
+            pieces = [self._vocabulary(moved[low : low + ROWS]) for low in range(0, len(h), ROWS)]
+            columns |= {name: torch.cat([one[name] for one in pieces]) for name in pieces[0]}
         return columns
 
-    def _block(self, moved: Tensor) -> dict[str, Tensor]:
-        d, w = self._changes(moved), self.tokens[0]
-        gain, mean, p = d[w].clone(), blocked_product(self.p[:, None], d)[0], self.p[:, None]
-        columns: dict[str, Tensor] = {}
-        safe = float(torch.stack(d.aminmax()).abs().max()) <= SAFE_EXPONENT
-        if self.measure == "all" or not safe:
-            logits = self.logits[:, None] + d
-        if safe:
-            log_z = blocked_product(p, d.expm1_())[0].log1p_()  # exact for small changes
-        else:
-            log_z = torch.logsumexp(logits.double(), 0).to(d) - torch.logsumexp(self.logits.double(), 0).to(d)
-        columns["log_prob"] = self.log_p[w] + gain - log_z
-        columns["log_prob_change"] = gain - log_z
+    def _vocabulary(self, moved: Tensor) -> dict[str, Tensor]:
+        """What needs every logit; the vocabulary is passed a block at a time, nothing of its size is held."""
+        n, w, everything = len(moved), self.tokens[0], self.measure == "all"
+        gain = self._changes(moved, slice(w, w + 1))[0, :n]
+        sums = _Sums(n, self.p)
+        for low in range(0, len(self.p), self.block):
+            here = slice(low, low + self.block)
+            d, p = self._changes(moved, here)[:, :n], self.p[here]
+            if low <= w < low + self.block:
+                d[w - low] = gain  # to the bit, or the target would stand above itself
+            if everything:
+                sums.rank(self.logits[here, None] + d, self.logits[w] + gain, low)
+            sums.add(d, p, self.log_p[here], everything)
+        log_z = sums.log_z()
+        columns = {"log_prob": self.log_p[w] + gain - log_z, "log_prob_change": gain - log_z}
         columns["prob"] = columns["log_prob"].exp()
-        columns["kl"] = (log_z - mean).clamp_min(0)
-        if self.measure == "all":
-            columns["rank"] = 1 + (logits > logits[w]).sum(0)
-            columns["top_id"] = logits.argmax(0)
-            logp = torch.log_softmax(logits.double(), 0)
-            columns["entropy"] = -(logp.exp() * logp).sum(0).to(d)
+        columns["kl"] = (log_z - sums.mean).clamp_min(0)
+        if everything:
+            columns |= {"rank": 1 + sums.above, "top_id": sums.best, "entropy": sums.entropy(log_z)}
         return columns
 
-    def _changes(self, moved: Tensor) -> Float[Tensor, "vocabulary n"]:
-        """How every logit changes: W_U moved, through the soft-cap where there is one."""
-        w = self.rec.model.unembedding
-        if w.dtype == moved.dtype:
-            if self._buffer is None or self._buffer.numel() < len(w) * len(moved):
-                self._buffer = torch.empty(len(w) * len(moved), dtype=moved.dtype, device=moved.device)
-            d = torch.mm(w, moved.T, out=self._buffer[: len(w) * len(moved)].view(len(w), len(moved)))
-        else:
-            d = self.readout.columns(moved)
+    def _changes(self, moved: Tensor, here: slice) -> Float[Tensor, "token n"]:
+        """How some tokens' logits change: W_U moved, through the soft-cap where there is one.
+
+        The product is padded to whole vectors of rows: an odd number of them takes half as long again.
+        """
+        w = self.rec.model.unembedding[here].to(moved.dtype)
+        turned = torch.nn.functional.pad(moved, (0, 0, 0, -len(moved) % 32)).T.contiguous()
+        d = w @ turned
         if self.rec.model.anatomy.logit_cap is None:
             return d
-        return self.readout.cap(self.bs[:, None] + d).sub_(self.logits[:, None])
+        return self.readout.cap(self.bs[here, None] + d).sub_(self.logits[here, None])
+
+
+@final
+class _Sums:
+    """Sums over the vocabulary of what needs all of it, a block at a time.
+
+    log sum p e^D is kept as log1p of sum p (e^D - 1), exact for small D, and in the log domain where e^D overflows.
+    """
+
+    def __init__(self, n: int, like: Tensor) -> None:
+        self.excess = torch.zeros(n, dtype=torch.float64, device=like.device)
+        self.far = torch.full((n,), -torch.inf, dtype=torch.float64, device=like.device)
+        self.mean, self.moment = torch.zeros_like(self.excess), torch.zeros_like(self.excess)
+        self.above = torch.zeros(n, dtype=torch.int64, device=like.device)
+        self.best, self.highest = torch.zeros_like(self.above), torch.full_like(self.far, -torch.inf)
+        self.safe, self.like, self.passed = True, like, 0.0
+
+    def rank(self, logits: Tensor, wanted: Tensor, low: int) -> None:
+        """Count what stands above the target, and keep the highest."""
+        self.above += (logits > wanted).sum(0)
+        top, at = logits.max(0)
+        self.best = torch.where(top > self.highest, at + low, self.best)
+        self.highest = torch.maximum(self.highest, top.double())
+
+    def add(self, d: Tensor, p: Tensor, log_p: Tensor, moment: bool) -> None:
+        """Add a block; d is destroyed."""
+        self.mean += blocked_product(p[:, None], d)[0]
+        safe = float(torch.stack(d.aminmax()).abs().max()) <= SAFE_EXPONENT
+        if not safe and self.safe:  # what was summed so far goes on in the log domain
+            self.safe = False
+            self.far = self.far if moment else (self.excess + self.passed).log()
+        if moment or not self.safe:
+            logs = log_p[:, None].double() + d.double()
+            self.far = torch.logaddexp(self.far, logs.logsumexp(0))
+            if moment:
+                self.moment += (logs.exp() * logs).nan_to_num(0.0).sum(0)
+        if self.safe:
+            self.excess += blocked_product(p[:, None], d.expm1_())[0]
+        self.passed += float(p.double().sum())
+
+    def log_z(self) -> Tensor:
+        """log sum p e^D."""
+        return (self.excess.log1p() if self.safe else self.far).to(self.like)
+
+    def entropy(self, log_z: Tensor) -> Tensor:
+        """-sum q log q with q = p e^D / Z."""
+        z = log_z.double()
+        return (z - self.moment / z.exp()).to(self.like)

@@ -299,14 +299,18 @@ def _read(rec: Recording, cutting: Cutting, final: Tensor, t: int) -> Tensor:
 def _direct(rec: Recording, writing: Writing, cutting: Cutting, values: Values, group: Sequence[Row]) -> Tensor:
     """Direct effects on the target's logit, as `effects` defines them."""
     vectors = torch.zeros(len(group), rec.model.anatomy.d_model, dtype=rec.model.work_dtype, device=rec.model.device)
-    t = rec.prompt.position
+    t, work = rec.prompt.position, rec.work
+    raws: dict[tuple[int, str], list[tuple[int, Tensor]]] = {}
     for i in range(len(group)):
-        for (layer, where), change in writing.changes.get((i, t), {}).items():
-            raw = None
+        for place, change in writing.changes.get((i, t), {}).items():
+            if change.added is not None:
+                vectors[i] += direct_of(rec, *place, change.added, None, None)
             if change.raw is not None:
-                b, s = writing.grid.place(i, t)
-                raw = rec.work(values[Tap(f"{where}_raw", layer)][b, s])  # type: ignore[arg-type]
-            vectors[i] += direct_of(rec, layer, where, change, raw)
+                raws.setdefault(place, []).append((i, change.raw))
+    for (layer, part), found in raws.items():
+        rows = torch.tensor([i for i, _ in found])
+        left = work(values[Tap(f"{part}_raw", layer)][writing.grid.places(rows, torch.full_like(rows, t))])  # type: ignore[arg-type]
+        vectors[rows] += direct_of(rec, layer, part, None, torch.stack([raw for _, raw in found]), left)
     for (row, position), e in cutting.unread.items():
         if position == t:
             vectors[row] += e
