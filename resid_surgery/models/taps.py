@@ -33,6 +33,7 @@ TapName = Literal[
     "unembed_in",
     "bs",
     "logits",
+    "output",
 ]
 _ORDER: tuple[str, ...] = TapName.__args__  # type: ignore[attr-defined]
 
@@ -51,7 +52,8 @@ class Tap:
     ``experts_call``: states, indices and weights of routed experts; ``experts_out``: their sum;
     ``shared_*``: of the shared expert; ``mlp_first``: the output of an MLP to which another module's is
     added. ``mlp_raw/add``: as for attention.
-    ``unembed_in``: the unembedding's input. ``bs``: its output before a logit scale. ``logits``: the model's own.
+    ``unembed_in``: the unembedding's input. ``bs``: its output before a logit scale. ``logits``: the model's own;
+    ``output``: all that its forward returns, as it is.
     """
 
     name: TapName

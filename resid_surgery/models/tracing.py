@@ -204,8 +204,10 @@ def _place(traced: Any, model: OpenedModel, tap: Tap) -> tuple[Any, str]:
     if tap in paths:
         return paths[tap]
     name, layer = tap.name, tap.layer
-    if name == "logits":
+    if name in ("logits", "output"):
         place, field = traced, "output"
+    elif name == "unembed_in":
+        place, field = _envoy(traced, model.path(None, "unembed")), "input"
     elif name == "bs":
         place, field = _envoy(traced, model.path(None, "unembed")), "output"
     elif name in ("attn_call", "attn_mix"):
@@ -284,6 +286,8 @@ def _written(model: OpenedModel, tap: Tap, value: Any, rows: int, write: Write, 
 
 
 def _read(model: OpenedModel, tap: Tap, value: Any, rows: int, at: list[int] | None) -> Any:
+    if tap.name == "output":
+        return value
     if tap.name == "attn_call":
         return attention_call(model.block(tap.layer).mix.partition(":")[0], value, rows, at)
     if tap.name == "experts_call":

@@ -42,6 +42,7 @@ class Reader:
         row: whose. aux: the row that reads the changed stream. site, side, norm: of the edges.
         targets: positions at which the reader's part is replaced.
         edits: (writer, position of the writer) -> operations on that addend.
+        key: what stays the same from one forward of a generation to the next.
     """
 
     row: int
@@ -51,6 +52,7 @@ class Reader:
     norm: str
     targets: tuple[int, ...]
     edits: dict[tuple[Site, int], list[Operation]]
+    key: Any = None
 
     @property
     def layer(self) -> int:
@@ -82,20 +84,26 @@ class Cutting:
     frozen: dict[tuple[int, int], bool] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, writing: Writing, rows: Sequence[RowOps]) -> "Cutting":
-        """Place all operations of some rows: plain ones in their row and its auxiliary rows, edges between them."""
-        cutting, family = cls(writing, rows=len(rows)), {}
+    def of(cls, writing: Writing, rows: Sequence[RowOps], known: dict[Any, int] | None = None) -> "Cutting":
+        """Place all operations of some rows: plain ones in their row and its auxiliary rows, edges between them.
+
+        Args:
+            writing: of the batch. rows: of operations. known: auxiliary rows of earlier forwards that share a cache.
+        """
+        known = {} if known is None else known
+        cutting, family = cls(writing), {}
         for row, ops in enumerate(rows):
             family[row] = [row]
             for reader in _readers(row, ops):
                 if not isinstance(reader.site, Constant):
-                    reader.aux, cutting.rows = cutting.rows, cutting.rows + 1
+                    reader.aux = known.setdefault(reader.key, len(rows) + len(known))
                     family[row].append(reader.aux)
                 cutting.readers.append(reader)
             for op in ops:
                 if op.source is None:
                     for one in family[row]:
                         writing.place(one, op)
+        cutting.rows = len(rows) + len(known)
         for reader in cutting.readers:
             cutting._place(reader, family[reader.row])
         return cutting
@@ -142,8 +150,8 @@ class Cutting:
         return Tap(names[type(reader.site)], reader.layer)
 
     def _reads(self, reader: Reader, tap: Tap) -> Write:
-        def write(value: Tensor, seen: Values) -> Tensor:
-            for position in sorted({at for _, at in reader.edits}):
+        def write(value: Tensor, seen: Values) -> Tensor:  # earlier positions of a generation are in the cache
+            for position in sorted({at for _, at in reader.edits if at >= self.writing.grid.first}):
                 b, s = self.writing.grid.place(reader.aux, position)
                 value[b, s] += self.moved(reader, position, seen).to(value)
             return value
@@ -313,14 +321,15 @@ def _readers(row: int, ops: RowOps) -> list[Reader]:
         own = target if any(isinstance(op.origin, Set) for op in group) else None
         groups.setdefault((site, side, norm, origins, own), []).append((target, group))
     readers = []
-    for (site, side, norm, _, _), members in groups.items():
+    for (site, side, norm, origins, own), members in groups.items():
         edits: dict[tuple[Site, int], list[Operation]] = {}
         for op in (op for _, group in members for op in group):
             assert op.source is not None
             held = edits.setdefault((op.edge.writer, op.source), [])
             if not any(other.origin is op.origin for other in held):
                 held.append(op)
-        readers.append(Reader(row, -1, site, side, norm, tuple(target for target, _ in members), edits))
+        targets = tuple(target for target, _ in members)
+        readers.append(Reader(row, -1, site, side, norm, targets, edits, (row, site, side, norm, origins, own)))
     return readers
 
 

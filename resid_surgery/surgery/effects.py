@@ -1,67 +1,27 @@
-"""Effects: what interventions did to the logits, split so that nothing is left over.
+"""Effects: what interventions did to the prediction, at one position or several.
 
-For token w, with r -> r' the final stream, s its clean scale and s' the new one, the change of the
-logit before a soft-cap is the sum of four parts. The first three are computed from what the operations
-did and from the norms; the fourth from the addends of both rows; their sum is compared with the
-logits that the model computed:
-
-    direct     = W_U[w] . N_s(what each operation at t left minus what it found in this run, through
-                 the post-norm frozen at what it found)
-    post_norm  = W_U[w] . N_s(the rest of what the operated sublayers add with the operation minus
-                 without it, in this run): zero where there is no post-norm
-    norm_scale = W_U[w] . (N_s'(r') - N_s(r'))
-    indirect   = W_U[w] . N_s(everything else that changed): what later and operated sublayers
-                 computed differently because their inputs changed
-
-`Effect.ledger` gives the same for every addend of the stream.
+The change of a logit is split into direct, post_norm, norm_scale and indirect (see `splits`).
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, final
 
 import pandas as pd
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from resid_surgery._check import message, whole
-from resid_surgery.errors import InterventionError
+from resid_surgery.errors import ArgumentError, InterventionError
 from resid_surgery.models.prompts import token_text
-from resid_surgery.sites import Constant, Resid, Sublayer
-from resid_surgery.stream.blocks import PostMap
 from resid_surgery.stream.recording import Recording, be_recording
-from resid_surgery.stream.tables import bs_columns
-from resid_surgery.stream.vocabulary import Readout
 from resid_surgery.surgery.engine import Run, run_rows
 from resid_surgery.surgery.interventions import Intervention
+from resid_surgery.surgery.measures import entropy, kl_divergence
 from resid_surgery.surgery.reading import fetch
 from resid_surgery.surgery.resolving import Resolver, Scene
-from resid_surgery.surgery.writing import Change
+from resid_surgery.surgery.splits import PARTS, Split
 
-PARTS = ("direct", "post_norm", "norm_scale", "indirect")
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class _Row:
-    """One addend of the stream: its clean value, its change and how that change came about."""
-
-    site: str
-    kind: str
-    layer: int | None
-    before: Float[Tensor, " d_model"]
-    change: Float[Tensor, " d_model"]
-    direct: Float[Tensor, " d_model"]
-    post_norm: Float[Tensor, " d_model"]
-
-    def times(self, factor: Tensor | float) -> "_Row":
-        """The row as it reaches the final stream, past blocks that multiply it."""
-        if isinstance(factor, float) and factor == 1.0:
-            return self
-        vectors = {name: getattr(self, name) * factor for name in ("before", "change", "direct", "post_norm")}
-        return replace(self, **vectors)
+__all__ = ["PARTS", "Effect", "intervene", "intervene_each"]
 
 
 @final
@@ -71,26 +31,33 @@ class Effect:
 
     Attributes:
         rec: the recording operated on. interventions: what was done.
-        before, after: the control row and the operated row of the same batch.
-        movers: how many other tokens are listed.
+        splits: one a measured position, the predicting one first unless `at` said otherwise.
     """
 
     rec: Recording
     interventions: tuple[Intervention, ...]
-    before: Run
-    after: Run
-    movers: int = 5
+    splits: tuple[Split, ...]
 
     def __repr__(self) -> str:
-        row = self.table.iloc[0]
+        row, done = self.table.iloc[0], ", ".join(one.brief for one in self.interventions)
         return (
-            f"Effect({list(self.interventions)} on {self.rec.model.name}: {row['token']!r} logit "
+            f"Effect([{done}] on {self.rec.model.name}: {row['token']!r} logit "
             f"{row['bs_before']:.3f} -> {row['bs_after']:.3f}, p {row['prob_before']:.3f} -> {row['prob_after']:.3f})"
         )
 
+    @property
+    def before(self) -> Run:
+        """The control row, at the first measured position."""
+        return self.splits[0].before
+
+    @property
+    def after(self) -> Run:
+        """The operated row, at the first measured position."""
+        return self.splits[0].after
+
     @cached_property
     def table(self) -> pd.DataFrame:
-        """One row per token: target, competitors, then the biggest movers in probability.
+        """One row per position and token: target, competitors, then the biggest movers in probability.
 
         Columns: token, token_id, role; bs_before, bs_after, bs_change (logits before a soft-cap);
         direct, post_norm, norm_scale, indirect (logits; they sum to bs_change), closure (|sum -
@@ -98,162 +65,57 @@ class Effect:
         (after a soft-cap); log_prob_before/after/change (nats); prob_before/after;
         rank_before/after (1 is best); position, norm.
         """
-        tokens = self._tokens()
-        ids = [i for i, _ in tokens]
-        split, mean = self._split(ids)
-        work = self.rec.work
-        bs0, bs1 = work(self.before.bs), work(self.after.bs)
-        lp0, lp1 = (torch.log_softmax(run.logits, -1) for run in (self.before, self.after))
-        table = pd.DataFrame({"token": [token_text(i, self.rec.model.tokenizer) for i in ids], "token_id": ids})
-        table["role"] = [role for _, role in tokens]
-        table["bs_before"], table["bs_after"] = _list(bs0[ids]), _list(bs1[ids])
-        table["bs_change"] = _list((bs1 - bs0)[ids])
-        for name in PARTS:
-            table[name] = _list(split[name])
-        table["closure"] = (table[list(PARTS)].sum(axis=1) - table["bs_change"]).abs()
-        table["bs_change_centred"] = table["bs_change"] - float((bs1 - bs0).mean())
-        for name in PARTS:
-            table[f"{name}_centred"] = table[name] - mean[name]
-        for name, run, lp in (("before", self.before, lp0), ("after", self.after, lp1)):
-            table[f"logit_{name}"] = _list(run.logits[ids])
-            table[f"log_prob_{name}"] = _list(lp[ids])
-            table[f"prob_{name}"] = _list(lp[ids].exp())
-            table[f"rank_{name}"] = [1 + int((run.logits > run.logits[i]).sum()) for i in ids]
-        table["log_prob_change"] = table["log_prob_after"] - table["log_prob_before"]
-        table["position"], table["norm"] = self.rec.prompt.position, "frozen"
-        return table
+        return pd.concat([split.table for split in self.splits], ignore_index=True)
 
-    def ledger(self) -> pd.DataFrame:
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """One row per position: how far the whole distribution moved.
+
+        Columns: position; kl (KL(before || after), nats); entropy_before, entropy_after (nats);
+        top_before, top_after (the most probable token); log_prob_change (of the target, nats).
+        """
+        rows = []
+        for split in self.splits:
+            a, b = split.before.logits, split.after.logits
+            tops = [token_text(int(run.argmax()), self.rec.model.tokenizer) for run in (a, b)]
+            change = float(split.table["log_prob_change"].iloc[0])
+            rows.append((split.after.position, kl_divergence(a, b), entropy(a), entropy(b), *tops, change))
+        names = ["position", "kl", "entropy_before", "entropy_after", "top_before", "top_after", "log_prob_change"]
+        return pd.DataFrame(rows, columns=names)
+
+    def ledger(self, position: int | None = None) -> pd.DataFrame:
         """The change of every addend of the stream: who removed, who added, who compensated.
 
         Columns: site, kind, layer, operated, bs_before, bs_after, bs_change, direct, post_norm,
         indirect (target's logits under the clean frozen norm), ``bs_change_versus_*``, norm,
-        position, closure. An operation on a state of the stream is a row of its own, and so is
-        ``norm_scale``; the column bs_change sums to the measured change of the target's logit.
+        position, closure. An operation on a state of the stream is a row of its own, and so are an edge into
+        the unembedding and ``norm_scale``; the column bs_change sums to the measured change of the target's logit.
+
+        Args:
+            position: one of the measured positions; None for the first.
+
+        Raises:
+            ArgumentError: it was not measured.
         """
-        rows = self._rows()
-        readouts = self.rec.prompt.readouts
-        directions = self._readout.directions(readouts)
-        before, change, direct, post = (
-            torch.stack([getattr(row, name) for row in rows]) @ directions.T
-            for name in ("before", "change", "direct", "post_norm")
-        )
-        table = pd.DataFrame(
-            {
-                "site": [row.site for row in rows],
-                "kind": [row.kind for row in rows],
-                "layer": pd.array([row.layer for row in rows], dtype="Int64"),
-                "operated": [bool(row.direct.any()) for row in rows],
-                "bs_before": _list(before[:, 0]),
-                "bs_after": _list((before + change)[:, 0]),
-                "bs_change": _list(change[:, 0]),
-                "direct": _list(direct[:, 0]),
-                "post_norm": _list(post[:, 0]),
-                "indirect": _list((change - direct - post)[:, 0]),
-            }
-        )
-        for i, name in enumerate(bs_columns(self.rec)[1:], start=1):
-            table[name.replace("bs_", "bs_change_")] = _list(change[:, i])
-        table.loc[len(table)] = self._norm_scale_row(table.columns)
-        measured = float(self.after.bs[readouts[0]] - self.before.bs[readouts[0]])
-        table["norm"], table["position"] = "frozen", self.rec.prompt.position
-        table["closure"] = abs(float(table["bs_change"].sum()) - measured)
-        return table
-
-    def _norm_scale_row(self, columns: Any) -> list[Any]:
-        scale = _list(self._readout.rows(self.rec.prompt.readouts) @ self._norm_scale())
-        row: dict[str, Any] = {"site": "norm_scale", "kind": "norm_scale", "layer": pd.NA, "operated": False}
-        row |= {"bs_before": 0.0, "bs_after": scale[0], "bs_change": scale[0], "direct": 0.0, "post_norm": 0.0}
-        row |= {"indirect": 0.0} | {f"bs_change_versus_{i}": v for i, v in enumerate(scale[1:], start=1)}
-        return [row[name] for name in columns]
-
-    @cached_property
-    def _readout(self) -> Readout:
-        """The readout frozen at the control row's final stream."""
-        base = Readout.of(self.rec)
-        return Readout(base.model, base.norm, base.norm.scale(self.before.final), base.constants)
-
-    def _norm_scale(self) -> Tensor:
-        """N_s'(r') - N_s(r'): what the norm's new scale makes of the final stream."""
-        norm, final = self._readout.norm, self.after.final
-        return norm.linear(final, norm.scale(final)) - norm.linear(final, self._readout.s)
-
-    def _split(self, ids: list[int]) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Each part's logits of some tokens, and its mean over the vocabulary."""
-        rows, readout = self._rows(), self._readout
-        direct = torch.stack([row.direct for row in rows]).sum(0)
-        post = torch.stack([row.post_norm for row in rows]).sum(0)
-        rest = torch.stack([row.change - row.direct - row.post_norm for row in rows]).sum(0)
-        norm = readout.norm
-        read = {
-            name: norm.linear(v, readout.s) for name, v in (("direct", direct), ("post_norm", post), ("indirect", rest))
-        }
-        read["norm_scale"] = self._norm_scale()
-        w = readout.rows(ids)
-        uniform = torch.full((1, self.rec.model.vocab_size), 1 / self.rec.model.vocab_size).to(direct)
-        average = readout.mix(uniform)[0]
-        return {k: w @ v for k, v in read.items()}, {k: float(average @ v) for k, v in read.items()}
-
-    def _tokens(self) -> list[tuple[int, str]]:
-        named = [(i, role) for i, _, role in self.rec.prompt.roles()]
-        p0, p1 = (torch.softmax(run.logits, -1) for run in (self.before, self.after))
-        order = (p1 - p0).abs().topk(min(self.movers + len(named), len(p0))).indices.tolist()
-        known = {i for i, _ in named}
-        return named + [(i, "mover") for i in order if i not in known][: self.movers]
-
-    def _rows(self) -> list[_Row]:
-        """Every addend with its change, and a row for each operation on a state."""
-        changes, zero, reach = self.after.changes, torch.zeros_like(self.before.embed), self.rec.reach
-        embed = changes.get((0, "pre"), Change()).added
-        rows = [_Row(str(Constant("embed")), "embed", None, self.before.embed, self.after.embed - self.before.embed,
-                     zero if embed is None else embed, zero).times(reach(0, "pre"))]  # fmt: skip
-        states = {key: c.added for key, c in changes.items() if key[1] in ("pre", "mid", "post") and key != (0, "pre")}
-        for layer in range(self.rec.model.anatomy.n_layers):
-            for part, before, after in (
-                ("attn", self.before.attn, self.after.attn),
-                ("mlp", self.before.mlp, self.after.mlp),
-            ):
-                if getattr(self.rec.model.block(layer), f"{part}_kind") == "none":
-                    continue
-                change = after[layer] - before[layer]
-                if part == "attn" and (mid := states.get((layer, "mid"))) is not None:
-                    change = change - mid  # the write was carried by this sublayer's output
-                direct, post = self._operated(layer, part)
-                name = str(Sublayer(layer, part))  # type: ignore[arg-type]
-                rows.append(_Row(name, part, layer, before[layer], change, direct, post).times(reach(layer, part)))
-        for (layer, stage), delta in states.items():
-            assert delta is not None
-            site = Resid(layer, stage)  # type: ignore[arg-type]
-            after_what = {"pre": "pre", "mid": "mid", "post": "mlp"}[stage]
-            rows.append(_Row(str(site), "state", layer, zero, delta, delta, zero).times(reach(layer, after_what)))
-        return rows
-
-    def _operated(self, layer: int, part: str) -> tuple[Tensor, Tensor]:
-        """(direct, post_norm) vectors of the operations on one sublayer."""
-        change = self.after.changes.get((layer, part), Change())
-        direct = torch.zeros_like(self.before.embed) if change.added is None else change.added
-        if change.raw is None:
-            return direct, torch.zeros_like(direct)
-        left = self.after.raw[layer, part]
-        found = left - change.raw
-        frozen = PostMap.of(self.rec.model, layer, part, found)
-        through = frozen.push(change.raw)
-        if frozen.norm is None:
-            return direct + through, torch.zeros_like(direct)
-        whole_change = PostMap.of(self.rec.model, layer, part, left).push(left) - frozen.push(found)
-        return direct + through, whole_change - through
+        measured = {split.after.position: split for split in reversed(self.splits)}
+        if position is None:
+            return self.splits[0].ledger()
+        if position not in measured:
+            raise ArgumentError(message("position", f"one of {sorted(measured)}, which were measured", position))
+        return measured[position].ledger()
 
 
-def intervene(rec: Recording, interventions: Any, *, movers: int = 5) -> Effect:
+def intervene(rec: Recording, interventions: Any, *, at: Any = "target", movers: int = 5) -> Effect:
     """Run interventions, all at once, through one nnsight trace and measure what they did.
 
     Args:
-        rec: a recording. interventions: one or a list of `Zero`, `Scale`, `Patch`, `Steer`; their
-            order does not matter.
+        rec: a recording. interventions: one or a list of `Zero`, `Scale`, `Steer`, `Set`, `Clamp`, `Patch`, `Mean`,
+            `Attend`, `Cut`; their order does not matter.
+        at: positions at which the prediction is measured, written like an intervention's ``positions``.
         movers: how many tokens beside target and competitors are listed, by change of probability.
 
     Returns:
-        `Effect` with ``.table`` and ``.ledger()``. Changes are against a control row of the same
+        `Effect` with ``.table``, ``.summary`` and ``.ledger()``. Changes are against a control row of the same
         batch, which must equal the recording.
 
     Raises:
@@ -261,17 +123,19 @@ def intervene(rec: Recording, interventions: Any, *, movers: int = 5) -> Effect:
         SiteError, PromptError: a site or position does not exist. All before any forward runs.
         StaleRecordingError: the weights changed since a recording was made.
 
-    Source: Yu & Ananiadou, arXiv 2312.12141, section 5 (interventions); split: see `effects`.
+    Source: Yu & Ananiadou, arXiv 2312.12141, section 5 (interventions); split: see `splits`.
     """
-    return intervene_each(rec, [interventions], movers=movers)[0]
+    return intervene_each(rec, [interventions], at=at, movers=movers)[0]
 
 
-def intervene_each(rec: Recording, rows: Sequence[Any], *, movers: int = 5) -> list[Effect]:
+def intervene_each(rec: Recording, rows: Sequence[Any], *, at: Any = "target", movers: int = 5) -> list[Effect]:
     """Run several sets of interventions, each on its own row, in as few forwards as fit.
+
+    Every addend of every row is read, so that each effect has its ledger; for thousands of rows use `sweep`.
 
     Args:
         rec: a recording. rows: one entry per row, as for `intervene`.
-        movers: as for `intervene`.
+        at, movers: as for `intervene`.
 
     Returns:
         One `Effect` per entry, in order.
@@ -286,17 +150,17 @@ def intervene_each(rec: Recording, rows: Sequence[Any], *, movers: int = 5) -> l
     given = [tuple(one) if _is_list(one) else (one,) for one in rows]
     if not given:
         raise InterventionError(message("rows", "a non-empty list of intervention lists", rows))
+    positions = rec.prompt.positions(at)
     resolver = Resolver(Scene.of(rec))
     resolved = [resolver.resolve(one) for one in given]
     rec.require_fresh()
     fetch(rec.model, resolver.wants)
-    runs = run_rows(rec, resolved)
-    return [Effect(rec, one, *pair[0], movers) for one, pair in zip(given, runs, strict=True)]
+    runs = run_rows(rec, resolved, positions)
+    return [
+        Effect(rec, one, tuple(Split(rec, a, b, movers) for a, b in pairs))
+        for one, pairs in zip(given, runs, strict=True)
+    ]
 
 
 def _is_list(one: Any) -> bool:
     return isinstance(one, Iterable) and not isinstance(one, (str, bytes, Intervention))
-
-
-def _list(values: Tensor) -> list[float]:
-    return [float(v) for v in values.double()]

@@ -185,7 +185,8 @@ class Set(Intervention):
     """Give sites these values, each in the site's own space.
 
     A coefficient for a neuron or attention neuron, d_head numbers for a head or (head, source), d_model for a
-    sublayer, a state or an edge, d_key or d_head for a query, key or value.
+    sublayer, a state or an edge (a list of them, one a source, for an edge into keys or values), d_key or d_head for
+    a query, key or value.
 
     Args:
         sites: sites, no slices. values: one for all, or one a site; for several positions, a list of one value

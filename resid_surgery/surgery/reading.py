@@ -98,8 +98,18 @@ class Reading:
         return self.values[Tap(name, layer)][b, s]  # type: ignore[no-any-return,arg-type]
 
     def call(self, layer: int) -> AttentionCall:
-        """A layer's attention call."""
-        return self.values[Tap("attn_call", layer)]  # type: ignore[no-any-return]
+        """A layer's attention call.
+
+        Raises:
+            InterventionError: its keys are not all of the positions so far.
+        """
+        call: AttentionCall = self.values[Tap("attn_call", layer)]
+        if not self.grid.packed and call.value.shape[2] != self.grid.first + self.grid.span:
+            raise InterventionError(
+                f"sources cannot be told apart in layer {layer} of {self.model.name}: its cache holds "
+                f"{call.value.shape[2]} of {self.grid.first + self.grid.span} positions (a sliding window)."
+            )
+        return call
 
     def alpha(self, layer: int, row: int, position: int) -> Float[Tensor, "head key"]:
         """Attention weights of one token over all keys of its batch row."""
@@ -128,15 +138,17 @@ class Reading:
         kv = head // (size.n_heads // size.n_kv_heads)
         return call.value[b, kv, self.grid.key(row, source)]
 
-    def share(self, layer: int, head: int, source: int, row: int, position: int) -> Float[Tensor, " d_head"]:
-        """gate * alpha v of one source, at W_O's input."""
+    def share(
+        self, layer: int, head: int, source: int, row: int, position: int, z: Tensor | None = None
+    ) -> Float[Tensor, " d_head"]:
+        """gate * alpha v of one source, at W_O's input; z is that input, if other than what was read."""
         alpha = self.alpha(layer, row, position)[head, self.grid.key(row, source)]
         share = alpha * self.value(layer, head, row, source).to(alpha)
         if self.model.block(layer).gated:
             b, s = self.grid.place(row, position)
             mix = self.values[Tap("attn_mix", layer)][b, s, head]
-            z = self.at("attn_z", layer, row, position)[head * len(mix) : (head + 1) * len(mix)]
-            share = share * gate_between(mix, z)
+            z = self.at("attn_z", layer, row, position) if z is None else z[b, s]
+            share = share * gate_between(mix, z[head * len(mix) : (head + 1) * len(mix)])
         return share
 
     def own(self, site: Site, row: int, position: int) -> Tensor:
@@ -251,11 +263,22 @@ def taps_of(model: OpenedModel, site: Site, *, vector: bool = False) -> Iterator
     yield from (Tap(name, layer) for name in dict.fromkeys(names))
 
 
-def fetch(model: OpenedModel, wants: Sequence[Want]) -> None:
-    """Fill in values that come from donors: one forward a donor, or none for what a recording holds."""
+Known = dict[tuple[Any, ...], Tensor]
+
+
+def fetch(model: OpenedModel, wants: Sequence[Want], known: Known | None = None) -> None:
+    """Fill in values that come from donors: one forward a donor, or none for what a recording holds.
+
+    Args:
+        model: whose. wants: what is wanted. known: values fetched before, kept here for the next time.
+    """
+    known = {} if known is None else known
     by_donor: dict[Any, list[Want]] = {}
     for want in wants:
-        by_donor.setdefault(id(want.donor) if isinstance(want.donor, Recording) else want.donor, []).append(want)
+        if (value := known.get(want.key)) is not None:
+            _give(want, value, known)
+        else:
+            by_donor.setdefault(want.key[0], []).append(want)
     for group in by_donor.values():
         donor = group[0].donor
         if isinstance(donor, Recording):
@@ -263,14 +286,14 @@ def fetch(model: OpenedModel, wants: Sequence[Want]) -> None:
         missing = []
         for want in group:
             if isinstance(donor, Recording) and want.position == donor.prompt.position and not _is_edge(want.operation):
-                _give(want, recorded(donor, want.site))
+                _give(want, recorded(donor, want.site), known)
             else:
                 missing.append(want)
         if missing:
-            _read_donor(model, donor, missing)
+            _read_donor(model, donor, missing, known)
 
 
-def _read_donor(model: OpenedModel, donor: Donor, wants: Sequence[Want]) -> None:
+def _read_donor(model: OpenedModel, donor: Donor, wants: Sequence[Want], known: Known) -> None:
     prompt = donor.prompt if isinstance(donor, Recording) else bind(donor, model.tokenizer, model)
     taps: dict[Tap, None] = {}
     for want in wants:
@@ -282,16 +305,17 @@ def _read_donor(model: OpenedModel, donor: Donor, wants: Sequence[Want]) -> None
     for want in wants:
         if _is_edge(want.operation):
             reader = want.operation.edge.reader
-            _give(want, reading.vector(want.site, 0, want.position, before(model, reader)))
+            _give(want, reading.vector(want.site, 0, want.position, before(model, reader)), known)
         else:
-            _give(want, reading.own(want.site, 0, want.position))
+            _give(want, reading.own(want.site, 0, want.position), known)
 
 
 def _is_edge(op: Operation) -> bool:
     return op.source is not None
 
 
-def _give(want: Want, value: Tensor) -> None:
+def _give(want: Want, value: Tensor, known: Known) -> None:
+    known[want.key] = value
     value = value.reshape(-1) * want.share
     op = want.operation
     op.value = value if op.value is None else op.value + value

@@ -71,6 +71,13 @@ class Want:
     position: int
     share: float
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What is the same for the same value: its donor first."""
+        donor = id(self.donor) if isinstance(self.donor, Recording) else self.donor
+        edge = str(self.operation.edge.reader) if self.operation.source is not None else ""
+        return donor, self.site, self.position, edge
+
 
 @final
 @dataclass(eq=False)
@@ -104,9 +111,9 @@ class Resolver:
             site, positions = (spec.site, prompt.positions(spec.position)) if isinstance(spec, At) else (spec, given)
             site = self._resolved(site)
             for at, position in enumerate(positions):
-                for source in self._sources(one, site, position):
+                for nth, source in enumerate(self._sources(one, site, position)):
                     found += 1
-                    yield self._operation(one, site, position, source, (index, at))
+                    yield self._operation(one, site, position, source, (index, at, nth))
         if not found:
             raise SiteError(f"{one.brief} operates on nothing: no site of it has a source up to its positions.")
 
@@ -145,7 +152,7 @@ class Resolver:
         return found
 
     def _operation(
-        self, one: Intervention, site: Site, position: int, source: int | None, at: tuple[int, int]
+        self, one: Intervention, site: Site, position: int, source: int | None, at: tuple[int, int, int]
     ) -> Operation:
         self._require_readable(one, site, position)
         op = Operation(site, position, one, source=source)
@@ -154,7 +161,7 @@ class Resolver:
         elif isinstance(one, Clamp):
             op.factor, op.value = 0.0, self._held(torch.tensor([one.value], dtype=torch.float64))
         elif isinstance(one, Set):
-            op.factor, op.value = 0.0, self._sized(one, site, one.values[at[0]][at[1]])
+            op.factor, op.value = 0.0, self._sized(one, site, one.values[at[0]][at[1]], at[2])
         elif isinstance(one, Steer):
             op.steer = self._steer(one, site)
         elif isinstance(one, Attend):
@@ -199,8 +206,10 @@ class Resolver:
     def _held(self, numbers: Tensor) -> Tensor:
         return numbers.to(self.scene.model.device, self.scene.model.work_dtype)
 
-    def _sized(self, one: Intervention, site: Site, value: Tensor) -> Tensor:
+    def _sized(self, one: Set, site: Site, value: Tensor, nth: int) -> Tensor:
         wide = width(self.scene, site)
+        if value.ndim == 2 and isinstance(site, Edge) and nth < len(value):
+            value = value[nth]  # an edge into keys or values: one addend a source
         if value.numel() != wide:
             raise ArgumentError(
                 _check.message(f"value of {site}", f"{wide} numbers", value.numel(), model=self.scene.model.name)

@@ -199,7 +199,9 @@ class Writing:
         keys = [(row, op.position, layer, op.site.head, op.site.source) for row, op in wave]  # type: ignore[attr-defined]
         for key in keys:
             if key not in self.shares:
-                self.shares[key] = self._first_share(reading, key).to(value)
+                row, position, _, head, source = key  # as it is in this run, before operations on it
+                z = self.found[Tap("attn_z", layer)]
+                self.shares[key] = reading.share(layer, head, source, row, position, z).to(value)
         held = torch.stack([self.shares[key] for key in keys])
         whole = not isinstance(wave[0][1].site, AttnNeuron)
         n = torch.arange(len(wave))
@@ -215,18 +217,6 @@ class Writing:
             else:
                 self.shares[key][at[i]] = left[i]
         self._note(tap, wave, torch.zeros_like(delta), delta, 1.0)
-
-    def _first_share(self, reading: Reading, key: tuple[int, int, int, int, int]) -> Tensor:
-        """gate * alpha v of one source in this run, before operations on it."""
-        row, position, layer, head, source = key
-        alpha = reading.alpha(layer, row, position)[head, self.grid.key(row, source)]
-        share = alpha * reading.value(layer, head, row, source).to(alpha)
-        if self.model.block(layer).gated:
-            b, s = self.grid.place(row, position)
-            mix = reading.values[Tap("attn_mix", layer)][b, s, head]
-            low = head * len(mix)
-            share = share * gate_between(mix, self.found[Tap("attn_z", layer)][b, s, low : low + len(mix)])
-        return share
 
     def _attend(self, tap: Tap, wave: Placed, value: Tensor, seen: Values) -> None:
         """Set attention weights: the head's mixed value changes by (new - old weights) v."""

@@ -1,0 +1,182 @@
+"""Chunks: some rows of a sweep in one forward, proven by a control row."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from resid_surgery.errors import InterventionError, UnsupportedModelError
+from resid_surgery.models.taps import Tap
+from resid_surgery.models.tracing import Values, forward
+from resid_surgery.sites import Constant
+from resid_surgery.stream.closing import relative
+from resid_surgery.stream.recording import Recording, closure_tolerance
+from resid_surgery.surgery.cutting import Cutting
+from resid_surgery.surgery.engine import check_fired, direct_of, touched
+from resid_surgery.surgery.frames import Frames, resumable
+from resid_surgery.surgery.places import RowOps
+from resid_surgery.surgery.writing import Writing
+
+
+@final
+@dataclass(eq=False, slots=True)
+class Row:
+    """One row of a sweep.
+
+    Attributes:
+        at: its number. ops: resolved. first, start: first position and first layer that it touches.
+    """
+
+    at: int
+    ops: RowOps
+    first: int
+    start: int
+
+    @property
+    def size(self) -> int:
+        """Rows of a batch that it takes: its own, and one for each reader of its edges."""
+        readers = {(op.edge.reader, op.edge.side, op.edge.norm) for op in self.ops if op.source is not None}
+        return 1 + sum(not isinstance(reader, Constant) for reader, _, _ in readers)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a chunk's rows came to: final streams as the unembedding reads them, and direct effects.
+
+    Attributes:
+        h: (row, d_model) N(r), bias included. direct: (row,) logits of the target.
+    """
+
+    h: Float[Tensor, "row d_model"]
+    direct: Float[Tensor, " row"]
+
+
+class NotExactError(Exception):
+    """A chunk's control row is not the recording."""
+
+    def __init__(self, size: float) -> None:
+        super().__init__(size)
+        self.size = size
+
+
+def run_chunk(frames: Frames, group: Sequence[Row]) -> Outcome:
+    """One forward of some rows; their final streams and direct effects.
+
+    Raises:
+        InterventionError: an operation did not fire.
+    """
+    rec, model, t = frames.rec, frames.model, frames.t
+    grid = frames.grid(group[0].first)
+    start = min(row.start for row in group) if resumable(model) else 0
+    writing = Writing(model, grid, [t])
+    cutting = Cutting.of(writing, [row.ops for row in group])
+    control = cutting.rows
+    last = Tap("block_out", model.anatomy.n_layers - 1)
+    sums = _sums(writing)
+    operated = touched(writing, cutting)
+    raws = [Tap(f"{part}_raw", layer) for layer, part in operated]  # type: ignore[arg-type]
+    reads = [last, Tap("bs"), *raws, *writing.everywhere, *(tap for taps in sums.values() for tap in taps)]
+    ids, extra = frames.feed(grid, control + 1, start)
+    ends = [grid.place(control, t)[1]]
+    try:
+        values = forward(model, ids, reads, writing.writes(), logits_at=ends, **extra)
+    except UnsupportedModelError as error:
+        if frames.kind == "packed":
+            raise NotExactError(float("inf")) from error
+        raise
+    writing.settle(values)
+    cutting.settle(values)
+    b, s = grid.places(torch.arange(control + 1), torch.full((control + 1,), t))
+    final = model.work(values[last][b, s])
+    bs = values[Tap("bs")][-1, 0]
+    _check_control(rec, final[-1], model.work(bs) * model.anatomy.layout.logit_scale)
+    check_fired(writing, cutting, values, None)
+    _check_sums(writing, sums, values)
+    mains = final[: len(group)]
+    return Outcome(_read(rec, cutting, mains, t), _direct(rec, writing, cutting, values, group))
+
+
+def _check_control(rec: Recording, final: Tensor, bs: Tensor) -> None:
+    most = 10 * closure_tolerance(rec.model)
+    errors = (relative(final, rec.work(rec.resid_final)), relative(bs, rec.work(rec.bs_values)))
+    if not max(errors) <= most:
+        raise NotExactError(max(errors))
+
+
+def _sums(writing: Writing) -> dict[int, list[Tap]]:
+    """Layer -> what shows that operations on its sublayers and states took effect."""
+    found: dict[int, list[Tap]] = {}
+    for tap in writing.placed:
+        if tap.name in ("block_in", "attn_add", "mlp_add", "attn_raw", "mlp_raw"):
+            row = writing.model.block(tap.layer)
+            names = ["block_in", "block_out", *(f"{part}_add" for part in ("attn", "mlp")
+                                                if getattr(row, f"{part}_kind") != "none")]  # fmt: skip
+            found[tap.layer] = [Tap(name, tap.layer) for name in names]  # type: ignore[arg-type]
+    return found
+
+
+def _check_sums(writing: Writing, sums: dict[int, list[Tap]], values: Values) -> None:
+    """What operated blocks left must be the sum of what they found and added."""
+    model = writing.model
+    for layer, taps in sums.items():
+        held: dict[str, Tensor] = {tap.name: model.work(values[tap]) for tap in taps}
+        row, out, nothing = model.block(layer), held["block_out"], torch.zeros_like(held["block_in"])
+        attn, mlp = (held[f"{part}_add"] * model.factor(layer, f"{part}_scale") if f"{part}_add" in held else nothing
+                     for part in ("attn", "mlp"))  # fmt: skip
+        if row.parallel:
+            made = held["block_in"] * model.factor(layer, "mlp_carry") + attn + mlp
+        else:
+            made = (held["block_in"] * model.factor(layer, "attn_carry") + attn) * model.factor(
+                layer, "mlp_carry"
+            ) + mlp
+        posts = {row for row, _ in writing.placed.get(Tap("block_out", layer), [])}
+        size = torch.stack([made, attn, mlp]).abs().amax((0, -1)).clamp_min(1e-30)
+        error = (made - out).abs().amax(-1) / size
+        for tap in taps:
+            for r, op in writing.placed.get(tap, []):
+                at = writing.grid.place(r, op.position)
+                if r not in posts and not float(error[at]) <= 10 * closure_tolerance(model):
+                    raise InterventionError(
+                        f"{op.origin.brief} did not take effect at {op.site}, position {op.position}."
+                    )
+
+
+def _read(rec: Recording, cutting: Cutting, final: Tensor, t: int) -> Tensor:
+    """N(r) of every row; of r + e where edges lead to the unembedding."""
+    norm = rec.model.norm(None, "final_norm")
+    h = norm(final)
+    for (row, position), e in cutting.unread.items():
+        if position == t:
+            r = final[row]
+            s = norm.scale(r) if cutting.frozen[row, position] else norm.scale(r + e)
+            h[row] = norm.linear(r + e, s) + norm.bias
+    return h
+
+
+def _direct(rec: Recording, writing: Writing, cutting: Cutting, values: Values, group: Sequence[Row]) -> Tensor:
+    """Direct effects on the target's logit, as `effects` defines them."""
+    vectors = torch.zeros(len(group), rec.model.anatomy.d_model, dtype=rec.model.work_dtype, device=rec.model.device)
+    t, work = rec.prompt.position, rec.work
+    raws: dict[tuple[int, str], list[tuple[int, Tensor]]] = {}
+    for i in range(len(group)):
+        for place, change in writing.changes.get((i, t), {}).items():
+            if change.added is not None:
+                vectors[i] += direct_of(rec, *place, change.added, None, None)
+            if change.raw is not None:
+                raws.setdefault(place, []).append((i, change.raw))
+    for (layer, part), found in raws.items():
+        rows = torch.tensor([i for i, _ in found])
+        left = work(values[Tap(f"{part}_raw", layer)][writing.grid.places(rows, torch.full_like(rows, t))])  # type: ignore[arg-type]
+        vectors[rows] += direct_of(rec, layer, part, None, torch.stack([raw for _, raw in found]), left)
+    for (row, position), e in cutting.unread.items():
+        if position == t:
+            vectors[row] += e
+    readout = rec.model.norm(None, "final_norm")
+    direction = readout.pull(
+        rec.model.unembedding[rec.prompt.target].to(vectors)[None], readout.scale(rec.work(rec.resid_final))
+    )
+    return (vectors @ direction.T)[:, 0]
