@@ -33,7 +33,7 @@ _HOMES = {
     "evidence.check": "check",
     "evidence.families": "check_families",
     "evidence.operating": "Operated operate",
-    "views.plots": "plot_stream",
+    "views.plots": "plot_stream plot_grid",
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -7,6 +7,7 @@ models, files and tokens that are no good give one line and exit code 2.
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -142,6 +143,62 @@ def sources(
 
 
 @app.command()
+def sweep(
+    text: Text,
+    target: Target,
+    versus: Versus = None,
+    model: Model = "smollm2-135m",
+    site: Annotated[
+        list[str] | None,
+        typer.Option("--site", "-s", help="Sites or slices: 'L*.H*', 'L20:24.N*', 'L*.resid_pre'; repeat for more."),
+    ] = None,
+    operation: Annotated[str, typer.Option(help="zero, scale, clamp or attend; ignored with --corrupt.")] = "zero",
+    value: Annotated[float, typer.Option(help="Factor of scale, value of clamp, weight of attend.")] = 0.0,
+    positions: Annotated[
+        str, typer.Option(help="target, each (a row for every position), or a token's text.")
+    ] = "target",
+    corrupt: Annotated[str | None, typer.Option(help="Another prompt: patch between the two, with scores.")] = None,
+    direction: Annotated[str, typer.Option(help="denoise (clean into corrupt) or noise, with --corrupt.")] = "denoise",
+    measure: Annotated[str, typer.Option(help="bs (fastest), log_prob or all.")] = "log_prob",
+    sort: Annotated[str | None, typer.Option(help="Column to sort by, smallest first.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for sweep.csv and a heat map.")] = None,
+    rows: Rows = 40,
+    as_json: AsJson = False,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """One intervention a row, thousands of them: ablate every head or neuron, or patch between two prompts."""
+    import resid_surgery as rs
+    from resid_surgery.views.files import check_out, write_sweep
+
+    makers: dict[str, Any] = {
+        "zero": rs.Zero,
+        "scale": lambda one, positions: rs.Scale(one, value, positions=positions),
+        "clamp": lambda one, positions: rs.Clamp(one, value, positions=positions),
+        "attend": lambda one, positions: rs.Attend(one, value, positions=positions),
+    }
+    if operation not in makers:
+        raise rs.ArgumentError(f"`--operation` must be one of {', '.join(makers)}; got {operation!r}.")
+    folder = None if out is None else check_out(out)
+    opened, prompt = _load(model, dtype, device), _prompt(text, target, versus)
+    rec = rs.record(opened, prompt)
+    sites = site or ["L*.resid_pre" if corrupt else "L*.H*"]
+    if corrupt is None:
+        table = rs.sweep(rec, rs.grid(rec, makers[operation], sites, positions=positions), measure=measure)
+    else:
+        other = rs.record(opened, _prompt(corrupt, target, versus))
+        table = rs.patching(rec, other, sites, positions=positions, direction=direction, measure=measure)
+    if sort is not None:
+        if sort not in table:
+            raise rs.ArgumentError(f"`--sort` must be a column: {', '.join(table.columns)}; got {sort!r}.")
+        table = table.sort_values(sort, ignore_index=True)
+    shown = "score" if "score" in table else "bs_change_target" if measure == "bs" else "log_prob_change"
+    files = [] if folder is None else write_sweep(table, shown, folder)
+    about = {name: table.attrs[name] for name in ("clean", "run", "donor", "direction") if name in table.attrs}
+    _show(table, rows, as_json, heading=f"{_tokens(rec)}\n{len(table)} rows", extra=_said(rec) | about, files=files)
+
+
+@app.command()
 def check(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="smollm2-135m (embedded), a hub id, a folder or a .gguf file.")
@@ -185,9 +242,9 @@ def check(
 
 def _check_families(types: list[str] | None, dtype: str, markdown: bool, as_json: bool) -> None:
     import resid_surgery as rs
+    from resid_surgery._progress import progress
     from resid_surgery.evidence.families import families_markdown
     from resid_surgery.models.zoo import causal_types
-    from resid_surgery.views.text import progress
 
     with progress("families", len(types or causal_types())) as step:
         table = rs.check_families(types, dtype=dtype, each=step)
@@ -259,9 +316,17 @@ def _nothing() -> Any:
     return contextlib.nullcontext()
 
 
-def _show(table: Any, rows: int, as_json: bool, *, heading: str, extra: dict[str, Any] | None = None) -> None:
+def _show(
+    table: Any,
+    rows: int,
+    as_json: bool,
+    *,
+    heading: str,
+    extra: dict[str, Any] | None = None,
+    files: Sequence[Path] = (),
+) -> None:
     if as_json:
-        _print_json(extra or {}, {"rows": table}, [])
+        _print_json(extra or {}, {"rows": table}, list(files))
         return
     from resid_surgery.views import text as view
 
@@ -269,6 +334,8 @@ def _show(table: Any, rows: int, as_json: bool, *, heading: str, extra: dict[str
     out.print(heading, markup=False)
     named = {column: f"bs {token!r}" for column, token in table.attrs.get("tokens", {}).items()}
     view.show(out, table.rename(columns=named), rows=rows or None)
+    for file in files:
+        out.print(f"wrote {file}", markup=False)
 
 
 def _print_json(head: dict[str, Any], tables: dict[str, Any], files: list[Path]) -> None:

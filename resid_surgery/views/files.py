@@ -5,9 +5,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
+
 from resid_surgery.errors import ArgumentError
 from resid_surgery.evidence.operating import Operated
-from resid_surgery.views.plots import plot_stream, pyplot_module
+from resid_surgery.views.plots import plot_grid, plot_stream, pyplot_module
 
 
 def check_out(folder: Path) -> Path:
@@ -37,6 +39,18 @@ def write_operated(done: Operated, folder: Path) -> list[Path]:
         files.append(_whole(folder / "stream.png", lambda path: figure.savefig(path, dpi=150)))  # type: ignore[union-attr]
     finally:
         pyplot_module().close(figure)
+    return files
+
+
+def write_sweep(table: pd.DataFrame, value: str, folder: Path) -> list[Path]:
+    """A sweep as CSV, and as a heat map where it has layers; returns the files written."""
+    files = [_whole(folder / "sweep.csv", lambda path: table.to_csv(path, index=False))]
+    if "layer" in table and table["layer"].notna().any():
+        figure = plot_grid(table, value).figure
+        try:
+            files.append(_whole(folder / "sweep.png", lambda path: figure.savefig(path, dpi=150)))  # type: ignore[union-attr]
+        finally:
+            pyplot_module().close(figure)
     return files
 
 

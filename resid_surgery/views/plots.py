@@ -74,6 +74,60 @@ def _mark(ax: "Axes", target: pd.DataFrame, marked: Sequence[Site]) -> None:
     ax.set_xlim(right=last["step"] * 1.08)
 
 
+def plot_grid(
+    table: pd.DataFrame, value: str, *, rows: str = "layer", columns: str | None = None, ax: "Axes | None" = None
+) -> "Axes":
+    """A sweep as a heat map: one cell a row of the table, red above 0 and blue below.
+
+    Args:
+        table: from `sweep` or `patching`. value: the column to show. rows, columns: coordinates; columns are
+            positions, heads, sources or indices, whichever differ first, if not given. Cells that several
+            rows share show their mean.
+        ax: where to draw; a new figure's by default.
+
+    Returns:
+        The Axes, with a colour bar; positions are labelled with their tokens.
+
+    Raises:
+        ArgumentError: matplotlib is not installed, or the table has no such columns.
+    """
+    pyplot = pyplot_module()
+    if columns is None:
+        options = [name for name in ("position", "head", "source", "index") if name in table and name != rows]
+        columns = next((name for name in options if table[name].nunique() > 1), options[0] if options else "position")
+    for name, column in (("value", value), ("rows", rows), ("columns", columns)):
+        if column not in table:
+            raise ArgumentError(message(name, "a column of the table: " + ", ".join(map(str, table.columns)), column))
+    cells = table.pivot_table(index=rows, columns=columns, values=value, aggfunc="mean").sort_index()
+    values = cells.to_numpy(dtype=float)
+    if ax is None:
+        wide, high = (min(14.0, 2.4 + 0.42 * values.shape[1]), min(10.0, 1.6 + 0.22 * values.shape[0]))
+        _, ax = pyplot.subplots(figsize=(max(5.0, wide), max(3.0, high)), layout="constrained")
+    most = max(1e-12, float(pd.Series(values.ravel()).abs().max()))
+    image = ax.imshow(values, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto", origin="lower")
+    ax.figure.colorbar(image, ax=ax, label=_UNITS.get(value, value))
+    names = [str(one) for one in cells.columns]
+    if columns == "position" and "token" in table:
+        tokens = table.drop_duplicates("position").set_index("position")["token"]
+        names = [f"{at} {tokens[at]!r}" for at in cells.columns]
+    for axis, labels, name in ((ax.xaxis, names, columns), (ax.yaxis, [str(one) for one in cells.index], rows)):
+        every = max(1, len(labels) // 30)
+        axis.set_ticks(range(0, len(labels), every), labels[::every])
+        axis.set_label_text(name)
+    if max(map(len, names)) > 3:
+        ax.tick_params(axis="x", rotation=45)
+    return ax
+
+
+_UNITS = {
+    "score": "share of the difference made up",
+    "log_prob_change": "change of log p(target), nats",
+    "bs_change_target": "change of the target's logit",
+    "direct": "direct effect on the target's logit",
+    "kl": "KL(clean || row), nats",
+}
+
+
 def pyplot_module() -> Any:
     """matplotlib.pyplot, or an error that says how to get it."""
     try:

@@ -1,14 +1,11 @@
 """Text for people: DataFrames as terminal tables, and the sections of `operate`."""
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -23,18 +20,6 @@ WIDE = 1000
 def console(file: Any = None) -> Console:
     """A console whose tables are never truncated: a narrow terminal wraps lines, a pipe gets them whole."""
     return Console(file=file, highlight=False, soft_wrap=True, width=WIDE)
-
-
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar on stderr, on a terminal only; what it yields is called with each step's name."""
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(what, total=total)
-
-        def step(name: str) -> None:
-            bar.update(task, advance=1, description=f"{what}: {name}")
-
-        yield step
 
 
 def show(out: Console, table: pd.DataFrame, *, columns: Sequence[str] | None = None, rows: int | None = None) -> None:
