@@ -32,6 +32,11 @@ SITES: dict[str, st.SearchStrategy[Site]] = {
 }
 
 
+def positions_of(rec: rs.Recording, kind: str) -> Any:
+    """Positions as an intervention takes them; "list" is the first and the predicting one."""
+    return [0, rec.prompt.position] if kind == "list" else kind
+
+
 @st.composite
 def prompts(draw: Any, *, length: int | None = None) -> rs.Prompt:
     """A prompt by ids with a target and two competitors; the predicting position anywhere."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -10,14 +10,16 @@ from torch import Tensor
 
 from resid_surgery.errors import InterventionError, UnsupportedModelError
 from resid_surgery.models.taps import Tap
-from resid_surgery.models.tracing import Values, forward
-from resid_surgery.sites import Constant
+from resid_surgery.models.tracing import Values, Write, forward
+from resid_surgery.sites import Constant, Neuron
+from resid_surgery.stream.blocks import PostMap
 from resid_surgery.stream.closing import relative
 from resid_surgery.stream.recording import Recording, closure_tolerance
 from resid_surgery.surgery.cutting import Cutting
 from resid_surgery.surgery.engine import check_fired, direct_of, touched
 from resid_surgery.surgery.frames import Frames, resumable
 from resid_surgery.surgery.places import RowOps
+from resid_surgery.surgery.reading import Grid
 from resid_surgery.surgery.writing import Writing
 
 
@@ -73,6 +75,8 @@ def run_chunk(frames: Frames, group: Sequence[Row]) -> Outcome:
     grid = frames.grid(group[0].first)
     start = min(row.start for row in group) if resumable(model) else 0
     writing = Writing(model, grid, [t])
+    if _past(rec, frames, group, start):
+        return _run_past(frames, group, start)
     cutting = Cutting.of(writing, [row.ops for row in group])
     control = cutting.rows
     last = Tap("block_out", model.anatomy.n_layers - 1)
@@ -80,24 +84,93 @@ def run_chunk(frames: Frames, group: Sequence[Row]) -> Outcome:
     operated = touched(writing, cutting)
     raws = [Tap(f"{part}_raw", layer) for layer, part in operated]  # type: ignore[arg-type]
     reads = [last, Tap("bs"), *raws, *writing.everywhere, *(tap for taps in sums.values() for tap in taps)]
-    ids, extra = frames.feed(grid, control + 1, start)
-    ends = [grid.place(control, t)[1]]
-    try:
-        values = forward(model, ids, reads, writing.writes(), logits_at=ends, **extra)
-    except UnsupportedModelError as error:
-        if frames.kind == "packed":
-            raise NotExactError(float("inf")) from error
-        raise
+    values = _forward(frames, grid, control, reads, writing.writes(), frames.feed(grid, control + 1, start))
     writing.settle(values)
     cutting.settle(values)
-    b, s = grid.places(torch.arange(control + 1), torch.full((control + 1,), t))
-    final = model.work(values[last][b, s])
-    bs = values[Tap("bs")][-1, 0]
-    _check_control(rec, final[-1], model.work(bs) * model.anatomy.layout.logit_scale)
+    final = _finals(frames, grid, values, control)
     check_fired(writing, cutting, values, None)
     _check_sums(writing, sums, values)
     mains = final[: len(group)]
     return Outcome(_read(rec, cutting, mains, t), _direct(rec, writing, cutting, values, group))
+
+
+def _forward(
+    frames: Frames, grid: Grid, control: int, reads: list[Tap], writes: dict[Tap, Write], feed: tuple[Tensor, Any]
+) -> Values:
+    ids, extra = feed
+    try:
+        return forward(frames.model, ids, reads, writes, logits_at=[grid.place(control, frames.t)[1]], **extra)
+    except UnsupportedModelError as error:
+        if frames.kind == "packed":
+            raise NotExactError(float("inf")) from error
+        raise
+
+
+def _finals(frames: Frames, grid: Grid, values: Values, control: int) -> Tensor:
+    """Final streams of all rows; the last must be the recording's."""
+    model, t = frames.model, frames.t
+    b, s = grid.places(torch.arange(control + 1), torch.full((control + 1,), t))
+    final = model.work(values[Tap("block_out", model.anatomy.n_layers - 1)][b, s])
+    bs = model.work(values[Tap("bs")][-1, 0]) * model.anatomy.layout.logit_scale
+    _check_control(frames.rec, final[-1], bs)
+    return final
+
+
+def _past(rec: Recording, frames: Frames, group: Sequence[Row], layer: int) -> bool:
+    """Whether all rows change neurons of one layer at the predicting position only, so that what the layer leaves
+    follows from the recording and the forward can begin after it."""
+    last, found = rec.model.anatomy.n_layers - 1, rec.layers[layer]
+    plain = frames.kind == "packed" and resumable(rec.model) and layer < last and len(found.groups) == 1
+    return plain and found.groups[0].expert is None and all(
+        isinstance(op.site, Neuron) and op.site.layer == layer and op.position == frames.t and op.steer is None
+        for row in group for op in row.ops
+    )  # fmt: skip
+
+
+def _run_past(frames: Frames, group: Sequence[Row], layer: int) -> Outcome:
+    """`run_chunk` from the layer after the touched neurons: with coefficients c' instead of c the layer leaves
+    post-norm(raw + sum (c' - c) w_out) instead of post-norm(raw), raw being the down-projection's output."""
+    rec, model, grid = frames.rec, frames.model, frames.grid(frames.t)
+    record, written = rec.layers[layer], model.rows(layer, "mlp_out").rows
+    rows, neurons, moved = _moved(rec, group, layer)
+    raw = rec.work(record.mlp_raw)
+    change = torch.zeros(len(group) + 1, len(raw), dtype=raw.dtype, device=raw.device)
+    change.index_add_(0, rows, moved[:, None] * rec.work(written[neurons]))
+    post = PostMap.of(model, layer, "mlp", raw)
+    if post.norm is None:
+        added = post.push(change)
+    else:
+        after = PostMap.of(model, layer, "mlp", raw + change)
+        added = after.push(raw + change) - post.push(raw)
+    stream = frames.states(layer + 1, grid)
+    stream = (rec.work(stream) + added).to(stream.dtype)
+    reads = [Tap("block_out", model.anatomy.n_layers - 1), Tap("bs")]
+    values = _forward(frames, grid, len(group), reads, {}, frames.feed(grid, len(group) + 1, layer + 1, stream))
+    final = _finals(frames, grid, values, len(group))[:-1]
+    vectors = direct_of(rec, layer, "mlp", None, change[:-1], raw + change[:-1])
+    return Outcome(model.norm(None, "final_norm")(final), _on_target(rec, vectors))
+
+
+def _moved(rec: Recording, group: Sequence[Row], layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, neuron, change of its coefficient) of every operation, several on one neuron combined."""
+    coefficient = rec.work(rec.layers[layer].groups[0].coefficient)
+    factors: dict[tuple[int, int], float] = {}
+    values: dict[tuple[int, int], Tensor] = {}
+    for i, row in enumerate(group):
+        for op in row.ops:
+            assert isinstance(op.site, Neuron)
+            key = (i, op.site.index)
+            factors[key] = factors.get(key, 1.0) * op.factor
+            if op.value is not None:
+                values[key] = op.value
+    rows, neurons = (torch.tensor([key[i] for key in factors], dtype=torch.long) for i in (0, 1))
+    found = coefficient[neurons]
+    left = found * torch.tensor(list(factors.values()), dtype=torch.float64).to(found)
+    for n, key in enumerate(factors):
+        if key in values:
+            left[n] = values[key].to(left).reshape(())
+    rows, neurons = rows.to(found.device), neurons.to(found.device)
+    return rows, neurons, left - found
 
 
 def _check_control(rec: Recording, final: Tensor, bs: Tensor) -> None:
@@ -175,8 +248,11 @@ def _direct(rec: Recording, writing: Writing, cutting: Cutting, values: Values, 
     for (row, position), e in cutting.unread.items():
         if position == t:
             vectors[row] += e
-    readout = rec.model.norm(None, "final_norm")
-    direction = readout.pull(
-        rec.model.unembedding[rec.prompt.target].to(vectors)[None], readout.scale(rec.work(rec.resid_final))
-    )
-    return (vectors @ direction.T)[:, 0]
+    return _on_target(rec, vectors)
+
+
+def _on_target(rec: Recording, vectors: Float[Tensor, "row d_model"]) -> Float[Tensor, " row"]:
+    """Their bs-values of the target, under the clean frozen norm."""
+    norm = rec.model.norm(None, "final_norm")
+    w = rec.model.unembedding[rec.prompt.target].to(vectors)
+    return (vectors @ norm.pull(w[None], norm.scale(rec.work(rec.resid_final))).T)[:, 0]

@@ -60,12 +60,15 @@ class Frames:
             return Grid(0, self.t + 1, False)
         return Grid(first, self.t + 1 - first, True)
 
-    def feed(self, grid: Grid, rows: int, start: int) -> tuple[Tensor, dict[str, Any]]:
-        """(token ids, other arguments of `forward`) of a batch of rows that begins at layer `start`."""
+    def feed(self, grid: Grid, rows: int, start: int, stream: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """(token ids, other arguments of `forward`) of a batch of rows that begins at layer `start`, from the
+        recorded stream there unless another one, (token, d_model), is given."""
         device = device_of(self.model)
         ids = torch.tensor([self.rec.prompt.ids[grid.first : self.t + 1]], device=device)
         extra: dict[str, Any] = {}
-        if start:
+        if stream is not None:
+            extra["resume"] = (start, stream[None])
+        elif start:
             states = self.states(start, grid)
             states = states.repeat(rows, 1)[None] if grid.packed else states.expand(rows, -1, -1).contiguous()
             extra["resume"] = (start, states)

@@ -36,8 +36,8 @@ from resid_surgery.surgery.reading import fetch
 from resid_surgery.surgery.resolving import Resolver, Scene
 
 FRAMES = ("auto", "packed", "full")
-TOKENS = {"cpu": 256}  # of a chunk: enough for large products, few enough for the caches and the mask
-TOKENS_ELSEWHERE = 2048
+TOKENS = {"cpu": 257}  # of a chunk, one for control: enough for large products, few enough for the caches and the mask
+TOKENS_ELSEWHERE = 2049
 CHUNK_BYTES = 96 << 20
 COORDINATES = ("operation", "site", "kind", "layer", "head", "index", "source", "expert", "position")
 
@@ -139,7 +139,9 @@ def _chunk(rec: Recording, waiting: Sequence[Row], frames: Frames, chunk: int | 
     group: list[Row] = []
     size = 0
     for row in waiting:
-        if group and (size + row.size > most or (frames.kind == "packed" and row.first != head.first)):
+        elsewhere = frames.kind == "packed" and row.first != head.first
+        deeper = size > most // 2 and row.start != group[-1].start  # its chunk can begin later
+        if group and (size + row.size > most or elsewhere or deeper):
             break
         group.append(row)
         size += row.size
