@@ -278,7 +278,7 @@ class Cutting:
         call, size = reading.call(layer), self.model.anatomy.sizes[layer]
         kv, (b, s) = site.head // (size.n_heads // size.n_kv_heads), grid.place(row, target)
         c, u = grid.place(reader.aux, target)
-        edited = [at for _, at in reader.edits if at <= target]
+        edited = sorted({at for _, at in reader.edits if at <= target})
         mine, theirs = ([grid.key(one, at) for at in edited] for one in (row, reader.aux))
         alpha = reading.alpha(layer, row, target)[site.head]
         values = call.value[b, kv].to(alpha)
