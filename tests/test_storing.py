@@ -11,8 +11,8 @@ from tiny import shared
 
 import resid_surgery as rs
 
-NAMES = {name: getattr(rs, name) for name in ("Zero", "Scale", "Steer", "Set", "Clamp", "Patch", "Mean", "Attend", "Cut",
-                                               "Prompt")}  # fmt: skip
+KINDS = ("Zero", "Scale", "Steer", "Set", "Clamp", "Patch", "Mean", "Attend", "Cut", "Prompt")
+NAMES = {name: getattr(rs, name) for name in KINDS}
 positions = st.sampled_from(["target", "all", 2, " France"]) | st.lists(st.integers(0, 5), min_size=1, max_size=3)
 numbers = st.floats(-1e6, 1e6, allow_subnormal=False)
 vectors = st.lists(numbers, min_size=1, max_size=5)

@@ -11,7 +11,7 @@ from torch import Tensor
 from resid_surgery.errors import InterventionError, UnsupportedModelError
 from resid_surgery.models.taps import Tap
 from resid_surgery.models.tracing import Values, Write, forward
-from resid_surgery.sites import Constant, Neuron
+from resid_surgery.sites import Neuron
 from resid_surgery.stream.blocks import PostMap
 from resid_surgery.stream.closing import relative
 from resid_surgery.stream.recording import Recording, closure_tolerance
@@ -30,18 +30,14 @@ class Row:
 
     Attributes:
         at: its number. ops: resolved. first, start: first position and first layer that it touches.
+        size: rows of a batch that it takes, those of its edges' readers included.
     """
 
     at: int
     ops: RowOps
     first: int
     start: int
-
-    @property
-    def size(self) -> int:
-        """Rows of a batch that it takes: its own, and one for each reader of its edges."""
-        readers = {(op.edge.reader, op.edge.side, op.edge.norm) for op in self.ops if op.source is not None}
-        return 1 + sum(not isinstance(reader, Constant) for reader, _, _ in readers)
+    size: int
 
 
 @final

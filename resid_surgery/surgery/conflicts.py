@@ -98,14 +98,20 @@ def _name(key: tuple[Site, int | None]) -> str:
 
 def _refuse(a: Operation, b: Operation) -> None:
     """Raise unless two writes to one place combine."""
-    mixed = isinstance(a.site, Edge) and isinstance(b.site, Edge) and a.edge.norm != b.edge.norm
-    if all(isinstance(op.origin, (Scale, Steer)) for op in (a, b)) and not mixed:
+    if all(isinstance(op.origin, (Scale, Steer)) for op in (a, b)) and not _nested_edges(a, b):
         return
     raise InterventionError(
         f"{a.origin.brief} and {b.origin.brief} both write {a.site}"
         + (f" and {b.site}, one inside the other," if a.site != b.site else "")
         + f" at position {a.position}. Keep one, or use Scale and Steer only, which combine."
     )
+
+
+def _nested_edges(a: Operation, b: Operation) -> bool:
+    """Whether two edges have one reader inside the other, or read through two norms: these never combine."""
+    if not (isinstance(a.site, Edge) and isinstance(b.site, Edge)):
+        return False
+    return (a.edge.reader, a.edge.side, a.edge.norm) != (b.edge.reader, b.edge.side, b.edge.norm)
 
 
 def _region(op: Operation) -> tuple[Any, ...]:
@@ -133,11 +139,10 @@ def _overlap(left: tuple[Site, int | None], right: tuple[Site, int | None]) -> b
 
 def _edges_overlap(a: Edge, b: Edge, at: int | None, other: int | None) -> bool:
     """Two edges: the same reading with overlapping writers or other norms, or one reader inside the other."""
-    if a.reader == b.reader and a.side == b.side:
+    if (a.reader, a.side) == (b.reader, b.side):
         return a.norm != b.norm or (at == other and overlap(a.writer, b.writer))
-    if a.reader != b.reader:
-        return overlap(a.reader, b.reader)
-    return True
+    sides = a.side == b.side or "all" in (a.side, b.side)  # a query, a key and a value are read beside each other
+    return sides and overlap(a.reader, b.reader)
 
 
 def overlap(a: Site, b: Site) -> bool:

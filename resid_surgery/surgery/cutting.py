@@ -7,8 +7,8 @@ With u the writer's addend where the reader reads it and e what the operations c
 2. There, at the positions of the edges, it reads N_s'(r + e) instead of N_s(r); s' = s where the norm is frozen.
    The model's own keys, projections, norms, rotations and routers make of it what they make of anything.
 3. What the *reader* made of it replaces the reader's part in the row: a neuron's coefficient, the sublayer's
-   output, the head's mixed values; for a head's query, key or value alone, that one enters the attention of this
-   head at this position, whose weights are worked out anew.
+   output, the head's values at W_O (with its gate, if it has one); a head's queries, keys and values that read
+   otherwise enter the attention of this head at this position together, whose weights are worked out anew.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,6 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from resid_surgery.addresses import Edge
 from resid_surgery.errors import InterventionError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.parts import Norm
@@ -74,7 +73,8 @@ class Cutting:
 
     Attributes:
         writing: of the batch. readers: what is read otherwise. rows: number of rows, auxiliary ones included.
-        unread: (row, position) -> what the unembedding reads more than the final stream.
+        unread: (row, position) -> what the unembedding reads more than the final stream. frozen: with its scale.
+        sides: (row, layer) -> the readers of heads' queries, keys and values there.
     """
 
     writing: Writing
@@ -82,6 +82,7 @@ class Cutting:
     rows: int = 0
     unread: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     frozen: dict[tuple[int, int], bool] = field(default_factory=dict)
+    sides: dict[tuple[int, int], list[Reader]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, writing: Writing, rows: Sequence[RowOps], known: dict[Any, int] | None = None) -> "Cutting":
@@ -94,7 +95,7 @@ class Cutting:
         cutting, family = cls(writing), {}
         for row, ops in enumerate(rows):
             family[row] = [row]
-            for reader in _readers(row, ops):
+            for reader in readers_of(row, ops):
                 if not isinstance(reader.site, Constant):
                     reader.aux = known.setdefault(reader.key, len(rows) + len(known))
                     family[row].append(reader.aux)
@@ -125,12 +126,11 @@ class Cutting:
             writing.everywhere |= {Tap("attn_add", layer)} if self.model.block(layer).attn_kind != "none" else set()
         for tap in [Tap("attn_read", layer)] if reader.part == "attn" else mlp_reads(self.model, layer):
             writing.also(tap, self._reads(reader, tap))
-        tap = self._tap(reader)
-        writing.also(tap, self._transplant(reader, tap, family))
-        if reader.part == "attn" and not isinstance(reader.site, Sublayer):
-            writing.everywhere.add(Tap("attn_call", layer))
-            if tap.name == "attn_mix":
-                writing.everywhere |= {Tap("attn_mix", layer), Tap("attn_z", layer)}
+        if reader.side != "all":
+            self._place_side(reader, family)
+        else:
+            tap = self._tap(reader)
+            writing.also(tap, self._transplant(reader, tap, family))
         if isinstance(reader.site, (ExpertNeuron, SharedNeuron)):
             writing.everywhere.add(Tap("experts_call", layer))
         if isinstance(reader.site, Neuron) and self.model.has(layer, "coef_norm"):
@@ -140,13 +140,28 @@ class Cutting:
                 "reader."
             )
 
+    def _place_side(self, reader: Reader, family: list[int]) -> None:
+        """Queries, keys and values of one row's heads that read otherwise enter their attention together."""
+        writing, key = self.writing, (reader.row, reader.layer)
+        tap = mix_tap(self.model, reader.layer)
+        writing.everywhere.add(Tap("attn_call", reader.layer))
+        if tap.name == "attn_mix":
+            writing.everywhere |= {Tap("attn_mix", reader.layer), Tap("attn_z", reader.layer)}
+        if key not in self.sides:
+            self.sides[key] = []
+            writing.also(tap, self._attention(tap, key, family))
+        self.sides[key].append(reader)
+
     def _tap(self, reader: Reader) -> Tap:
         """Where the reader's part is replaced."""
         if isinstance(reader.site, Sublayer):
             return Tap("attn_raw" if reader.part == "attn" else "mlp_raw", reader.layer)
-        if reader.part == "attn":
-            return mix_tap(self.model, reader.layer)
-        names: dict[type, Any] = {Neuron: "coef", SharedNeuron: "shared_coef", ExpertNeuron: "experts_out"}
+        names: dict[type, Any] = {
+            Head: "attn_z",
+            Neuron: "coef",
+            SharedNeuron: "shared_coef",
+            ExpertNeuron: "experts_out",
+        }
         return Tap(names[type(reader.site)], reader.layer)
 
     def _reads(self, reader: Reader, tap: Tap) -> Write:
@@ -196,15 +211,12 @@ class Cutting:
 
         def write(value: Tensor, seen: Values) -> Tensor:
             for target in reader.targets:
-                if isinstance(reader.site, (Head, HeadSource)):
-                    self._head(reader, reader.site, tap, value, seen, target, family)
-                    continue
                 if isinstance(reader.site, ExpertNeuron):
                     self._expert(reader, reader.site, tap, value, seen, target, family)
                     continue
                 b, s = self.writing.grid.place(reader.aux, target)
                 site = reader.site
-                index = slice(None) if isinstance(site, Sublayer) else slice(site.index, site.index + 1)  # type: ignore[attr-defined]
+                index = self._region(site)
                 made = value[b, s, index].clone()
                 for row in (one for one in family if one != reader.aux):
                     b, s = self.writing.grid.place(row, target)
@@ -219,13 +231,22 @@ class Cutting:
         if row != reader.row or target not in self.writing.noted:
             return
         site, layer, work = reader.site, reader.layer, self.model.work
-        if isinstance(site, (Neuron, SharedNeuron)):
-            part = "mlp_out" if isinstance(site, Neuron) else "shared_out"
-            delta = work(delta) @ work(self.model.rows(layer, part).rows[site.index : site.index + 1])
+        if isinstance(site, (Neuron, SharedNeuron, Head)):
+            part = {Neuron: "mlp_out", SharedNeuron: "shared_out", Head: "attn_out"}[type(site)]
+            delta = work(delta) @ work(self.model.rows(layer, part).rows[self._region(site)])
         if isinstance(site, SharedNeuron):
             self.writing.in_mixture.setdefault((row, target), {}).setdefault(layer, []).append(("shared", delta))
         else:
             self.writing.note_raw(layer, reader.part, row, target, delta)
+
+    def _region(self, site: Site) -> slice:
+        """Which of a tap's coordinates are a reader's."""
+        if isinstance(site, Sublayer):
+            return slice(None)
+        if isinstance(site, Head):
+            d_head = self.model.anatomy.sizes[site.layer].d_head
+            return slice(site.head * d_head, (site.head + 1) * d_head)
+        return slice(site.index, site.index + 1)  # type: ignore[attr-defined]
 
     def _expert(
         self, reader: Reader, site: ExpertNeuron, tap: Tap, value: Tensor, seen: Values, target: int, family: list[int]
@@ -244,54 +265,53 @@ class Cutting:
             placed = Operation(site, target, op.origin)
             self.writing.put_expert(tap, row, placed, value, one * coefficient, one * made)
 
-    def _head(
-        self,
-        reader: Reader,
-        site: Head | HeadSource,
-        tap: Tap,
-        value: Tensor,
-        seen: Values,
-        target: int,
-        family: list[int],
-    ) -> None:
-        layer, grid = reader.layer, self.writing.grid
-        for row in (one for one in family if one != reader.aux):
-            if reader.side == "all":
-                (b, s), (c, u) = grid.place(row, target), grid.place(reader.aux, target)
-                heads = self.model.anatomy.sizes[layer].n_heads
-                mine, other = (value[i, j].reshape(heads, -1)[site.head] for i, j in ((b, s), (c, u)))
-                change = other - mine
-            else:
-                change = self._side(reader, site, row, target, seen)
-            delta = torch.zeros(self.model.anatomy.sizes[layer].n_heads, change.shape[-1], dtype=change.dtype)
-            delta = delta.to(change.device)
-            delta[site.head] = change
-            if row == reader.row:
-                self.writing.mix_in(tap, value, row, target, delta)
-            else:
-                b, s = grid.place(row, target)
-                value[b, s] += delta.to(value).reshape(value[b, s].shape)
+    def _attention(self, tap: Tap, key: tuple[int, int], family: list[int]) -> Write:
+        """Add to what heads mixed how it changes when some queries, keys or values read otherwise."""
 
-    def _side(self, reader: Reader, site: Head | HeadSource, row: int, target: int, seen: Values) -> Tensor:
-        """How the head's mixed value changes when its query, its keys or its values alone read otherwise."""
-        reading, grid, layer = self.writing.reading(seen), self.writing.grid, reader.layer
+        def write(value: Tensor, seen: Values) -> Tensor:
+            groups: dict[tuple[int, int], list[Reader]] = {}
+            for reader in self.sides[key]:
+                for target in reader.targets:
+                    groups.setdefault((reader.site.head, target), []).append(reader)  # type: ignore[attr-defined]
+            for (head, target), readers in groups.items():
+                for row in (one for one in family if one not in {reader.aux for reader in readers}):
+                    change = self._mixed(key[1], head, readers, row, target, seen)
+                    delta = torch.zeros(self.model.anatomy.sizes[key[1]].n_heads, len(change)).to(change)
+                    delta[head] = change
+                    if row == key[0]:
+                        self.writing.mix_in(tap, value, row, target, delta)
+                    else:
+                        b, s = self.writing.grid.place(row, target)
+                        value[b, s] += delta.to(value).reshape(value[b, s].shape)
+            return value
+
+        return write
+
+    def _mixed(self, layer: int, head: int, readers: list[Reader], row: int, target: int, seen: Values) -> Tensor:
+        """sum alpha' v' - sum alpha v of one head, its query, keys and values being those of their readers' rows."""
+        reading, grid = self.writing.reading(seen), self.writing.grid
         call, size = reading.call(layer), self.model.anatomy.sizes[layer]
-        kv, (b, s) = site.head // (size.n_heads // size.n_kv_heads), grid.place(row, target)
-        c, u = grid.place(reader.aux, target)
-        edited = sorted({at for _, at in reader.edits if at <= target})
-        mine, theirs = ([grid.key(one, at) for at in edited] for one in (row, reader.aux))
-        alpha = reading.alpha(layer, row, target)[site.head]
+        kv, (b, s) = head // (size.n_heads // size.n_kv_heads), grid.place(row, target)
+        alpha = reading.alpha(layer, row, target)[head]
         values = call.value[b, kv].to(alpha)
-        if reader.side == "value":
-            return alpha[mine] @ (call.value[c, kv][theirs].to(alpha) - values[mine])
-        assert call.query is not None
-        assert call.key is not None
-        query = call.query[c if reader.side == "query" else b][:, [u if reader.side == "query" else s]]
-        keys = call.key[b].clone()
-        if reader.side == "key":
-            keys[:, mine] = call.key[c][:, theirs]
-        moved = attention_rows(call, b, [s], query, keys)[0][site.head]
-        return (moved - alpha) @ values
+        query, keys, moved_values = None, None, values.clone()
+        for reader in readers:
+            edited = sorted({at for _, at in reader.edits if at <= target})
+            mine, theirs = ([grid.key(one, at) for at in edited] for one in (row, reader.aux))
+            c, u = grid.place(reader.aux, target)
+            if reader.side == "value":
+                moved_values[mine] = call.value[c, kv][theirs].to(alpha)
+            elif reader.side == "query":
+                assert call.query is not None
+                query = call.query[c][:, [u]]
+            else:
+                assert call.key is not None
+                keys = call.key[b].clone() if keys is None else keys
+                keys[:, mine] = call.key[c][:, theirs]
+        moved = alpha
+        if query is not None or keys is not None:
+            moved = attention_rows(call, b, [s], query, keys)[0][head]
+        return (moved - alpha) @ values + moved @ (moved_values - values)
 
     def settle(self, values: Values) -> None:
         """After the run: what the unembedding reads otherwise."""
@@ -309,7 +329,7 @@ def norm_of(model: OpenedModel, reader: Reader) -> Norm:
     return model.norm(reader.layer, f"{reader.part}_norm")
 
 
-def _readers(row: int, ops: RowOps) -> list[Reader]:
+def readers_of(row: int, ops: RowOps) -> list[Reader]:
     """The edges of a row, grouped by what reads them; positions with the same edges share an auxiliary row."""
     by_target: dict[tuple[Site, str, str, int], list[Operation]] = {}
     for op in ops:
@@ -333,6 +353,8 @@ def _readers(row: int, ops: RowOps) -> list[Reader]:
     return readers
 
 
-def edges_of(ops: RowOps) -> list[Edge]:
-    """The edges among some operations."""
-    return [op.edge for op in ops if op.source is not None]
+def auxiliary_rows(ops: RowOps) -> int:
+    """How many rows of a batch the edges of some operations take beside their own."""
+    if all(op.source is None for op in ops):
+        return 0
+    return sum(not isinstance(reader.site, Constant) for reader in readers_of(0, ops))

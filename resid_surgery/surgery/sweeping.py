@@ -12,6 +12,7 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 import pandas as pd
@@ -21,12 +22,13 @@ from torch import Tensor
 from resid_surgery import _check
 from resid_surgery._progress import progress as progress_bar
 from resid_surgery.addresses import Edge
-from resid_surgery.errors import ArgumentError, InterventionError
+from resid_surgery.errors import ArgumentError, InterventionError, ResidSurgeryError
 from resid_surgery.models.prompts import token_text
 from resid_surgery.sites import Constant, Site
 from resid_surgery.stream.recording import Recording, be_recording
 from resid_surgery.surgery.chunks import NotExactError, Row, run_chunk
 from resid_surgery.surgery.conflicts import Operation
+from resid_surgery.surgery.cutting import auxiliary_rows
 from resid_surgery.surgery.engine import control_message
 from resid_surgery.surgery.frames import Frames
 from resid_surgery.surgery.interventions import Intervention, as_interventions
@@ -39,6 +41,7 @@ FRAMES = ("auto", "packed", "full")
 TOKENS = {"cpu": 257}  # of a chunk, one for control: enough for large products, few enough for the caches and the mask
 TOKENS_ELSEWHERE = 2049
 CHUNK_BYTES = 96 << 20
+RESULTS = ("log_prob", "log_prob_change", "prob", "kl", "rank", "top", "entropy", "direct", "frame", "score")
 COORDINATES = ("operation", "site", "kind", "layer", "head", "index", "source", "expert", "position")
 
 
@@ -87,13 +90,21 @@ def sweep(
     resolver = Resolver(Scene.of(rec))
     coordinates: list[dict[str, Any]] = []
     rows: list[Row] = []
-    for named, ops in entries(interventions):
-        given = as_interventions(ops)
-        resolved = resolver.resolve(given)
+    for number, (named, ops) in enumerate(entries(interventions)):
+        if named is not None and where is not None and not where(named):
+            continue
+        wanted = len(resolver.wants)
+        try:
+            given = as_interventions(ops)
+            resolved = resolver.resolve(given)
+        except ResidSurgeryError as error:
+            raise type(error)(f"row {number}: {error}") from error
         row = named if named is not None else coordinates_of(given, resolved)
-        if where is None or where(row):
-            rows.append(_row(len(rows), resolved, rec))
-            coordinates.append(row)
+        if named is None and where is not None and not where(row):
+            del resolver.wants[wanted:]  # its donors need not run
+            continue
+        rows.append(_row(len(rows), resolved, rec))
+        coordinates.append(row)
     if not rows:
         raise InterventionError("`interventions` must hold at least one row; got none (or `where` left none).")
     rec.require_fresh()
@@ -122,7 +133,8 @@ def _measured(
                 outcome = run_chunk(frames, group)
             except NotExactError as error:
                 if frames.kind == "full" or frame == "packed":
-                    raise InterventionError(control_message(rec, error.size)) from error.__cause__
+                    hint = "" if frames.kind == "full" else " Packed rows are not exact here; leave `frame` at 'auto'."
+                    raise InterventionError(control_message(rec, error.size) + hint) from error.__cause__
                 frames.kind = "full"
                 continue
             columns = meter.read(outcome.h) | {"direct": outcome.direct}
@@ -164,7 +176,8 @@ def _packable(rec: Recording) -> bool:
 def _row(at: int, ops: RowOps, rec: Recording) -> Row:
     t = rec.prompt.position
     kept = tuple(op for op in ops if op.position <= t)  # what comes later cannot reach the prediction
-    return Row(at, kept, min((op.first for op in kept), default=t), min((_layer(op) for op in kept), default=0))
+    first, start = (min((of(op) for op in kept), default=0) for of in (lambda op: op.first, _layer))
+    return Row(at, kept, first if kept else t, start, 1 + auxiliary_rows(kept))
 
 
 def _layer(op: Operation) -> int:
@@ -190,11 +203,22 @@ def entries(given: Any) -> Iterator[tuple[dict[str, Any] | None, Any]]:
         raise InterventionError(_check.message("interventions", "a list with one entry a row", given))
     for one in given:
         if isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], Mapping):
-            if not all(isinstance(name, str) for name in one[0]):
-                raise ArgumentError(_check.message("coordinates", "named by strings", dict(one[0])))
-            yield dict(one[0]), one[1]
+            yield _coordinates(one[0]), one[1]
         else:
             yield None, one
+
+
+def _coordinates(given: Mapping[Any, Any]) -> dict[str, Any]:
+    """Named coordinates: plain values under names that no measure has."""
+    taken = [name for name in given if not isinstance(name, str) or name in RESULTS or name.startswith("bs_")]
+    if taken:
+        raise ArgumentError(
+            _check.message("coordinates", f"named by strings other than {', '.join(RESULTS)}", taken[0])
+        )
+    odd = [value for value in given.values() if not isinstance(value, (str, int, float, bool, NoneType))]
+    if odd:
+        raise ArgumentError(_check.message("coordinates", "numbers, strings or None", odd[0]))
+    return dict(given)
 
 
 def coordinates_of(given: Sequence[Intervention], ops: RowOps) -> dict[str, Any]:
@@ -223,12 +247,9 @@ def _table(rec: Recording, meter: Meter, coordinates: list[dict[str, Any]], meas
             held[at] = values.double().cpu()
         for i in at:
             frames[i] = frame
-    table = pd.DataFrame(coordinates)
-    order = [name for name in table.columns if name not in COORDINATES]
-    table = table[[*order, *(name for name in COORDINATES if name in table.columns)]]
-    for name in table.columns:
-        if table[name].map(lambda v: (isinstance(v, int) and not isinstance(v, bool)) or v is None or v != v).all():
-            table[name] = table[name].astype("Int64")
+    names = dict.fromkeys(name for row in coordinates for name in row)
+    order = [name for name in names if name not in COORDINATES] + [name for name in COORDINATES if name in names]
+    table = pd.DataFrame({name: _column([row.get(name) for row in coordinates]) for name in order})
     for name, values in columns.items():
         if name == "top_id":
             table["top"] = [token_text(int(i), rec.model.tokenizer) for i in values.tolist()]
@@ -236,3 +257,9 @@ def _table(rec: Recording, meter: Meter, coordinates: list[dict[str, Any]], meas
             table[name] = values.numpy() if name != "rank" else values.long().numpy()
     table["frame"] = frames
     return table
+
+
+def _column(values: list[Any]) -> Any:
+    """A column of coordinates; whole numbers stay whole where some rows have none."""
+    whole = all(value is None or (isinstance(value, int) and not isinstance(value, bool)) for value in values)
+    return pd.array(values, dtype="Int64") if whole else values
