@@ -23,11 +23,12 @@ from resid_surgery.models.taps import Tap
 from resid_surgery.models.tracing import Values, Write, forward
 from resid_surgery.sites import Constant, Head, HeadSource, Sublayer
 from resid_surgery.stream.recording import need_model
+from resid_surgery.surgery.batches import Rows
 from resid_surgery.surgery.conflicts import Operation
 from resid_surgery.surgery.cutting import Cutting
 from resid_surgery.surgery.engine import device_of
 from resid_surgery.surgery.interventions import Intervention, as_interventions
-from resid_surgery.surgery.reading import Grid, Known, fetch
+from resid_surgery.surgery.reading import Known, fetch
 from resid_surgery.surgery.resolving import Resolver, Scene
 from resid_surgery.surgery.writing import Writing
 
@@ -170,7 +171,7 @@ class Altered:
             raise ArgumentError("`past_key_values` must be empty at first: an altered model makes its own cache.")
         else:
             session.ids = torch.cat([session.ids[:, :seen], ids], 1)
-        grid = Grid(seen, ids.shape[1], False)
+        grid = Rows(seen, ids.shape[1])
         writing = Writing(self.model, grid, ())
         ops = [self._ops(_bound(self.model, tuple(row.tolist()), seen == 0), grid) for row in session.ids]
         cutting = Cutting.of(writing, ops, session.aux)
@@ -178,7 +179,7 @@ class Altered:
         total = max(cutting.rows, rows + len(session.aux))
         for reader in cutting.readers:
             if isinstance(reader.site, Constant):
-                writing.also(Tap("unembed_in"), self._unembed(cutting, reader))
+                writing.also(Tap("unembed_in"), self._unembed(cutting, reader, grid))
         order = list(range(rows)) + [key[0] for key in session.aux]  # an auxiliary row is a copy of its own row
         if total > rows:
             spread = {
@@ -208,21 +209,21 @@ class Altered:
                 "or 'all'."
             )
 
-    def _unembed(self, cutting: Cutting, reader: Any) -> Write:
-        grid, scale = cutting.writing.grid, self.model.anatomy.layout.logit_scale
+    def _unembed(self, cutting: Cutting, reader: Any, grid: Rows) -> Write:
+        scale = self.model.anatomy.layout.logit_scale
 
         def write(value: Tensor, seen: Values) -> Tensor:
             for target in reader.targets:
-                at = value.shape[1] - (grid.first + grid.span - target)  # the last positions may be all there are
+                at = value.shape[1] - (grid.keys - target)  # the last positions may be all there are
                 if at >= 0:
                     value[reader.row, at] += (cutting.moved(reader, target, seen) / scale).to(value)
             return value
 
         return write
 
-    def _ops(self, prompt: BoundPrompt, grid: Grid, only: tuple[str, ...] | None = None) -> tuple[Operation, ...]:
+    def _ops(self, prompt: BoundPrompt, grid: Rows, only: tuple[str, ...] | None = None) -> tuple[Operation, ...]:
         """The operations of one forward, of positions from grid.first on."""
-        here = tuple(range(grid.first, grid.first + grid.span))
+        here = tuple(range(grid.first, grid.keys))
         placed: list[Intervention] = []
         origin: dict[int, Intervention] = {}
         for one in self.interventions:

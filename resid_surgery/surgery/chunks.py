@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 from jaxtyping import Float
@@ -15,11 +15,11 @@ from resid_surgery.sites import Neuron
 from resid_surgery.stream.blocks import PostMap
 from resid_surgery.stream.closing import relative
 from resid_surgery.stream.recording import Recording, closure_tolerance
+from resid_surgery.surgery.batches import Batch, Packed
 from resid_surgery.surgery.cutting import Cutting
 from resid_surgery.surgery.engine import check_fired, direct_of, touched
 from resid_surgery.surgery.frames import Frames, resumable
 from resid_surgery.surgery.places import RowOps
-from resid_surgery.surgery.reading import Grid
 from resid_surgery.surgery.writing import Writing
 
 
@@ -68,19 +68,21 @@ def run_chunk(frames: Frames, group: Sequence[Row]) -> Outcome:
         InterventionError: an operation did not fire.
     """
     rec, model, t = frames.rec, frames.model, frames.t
-    grid = frames.grid(group[0].first)
+    grid = frames.batch([row.first for row in group])
     start = min(row.start for row in group) if resumable(model) else 0
     writing = Writing(model, grid, [t])
     if _past(rec, frames, group, start):
         return _run_past(frames, group, start)
     cutting = Cutting.of(writing, [row.ops for row in group])
     control = cutting.rows
+    if isinstance(grid, Packed):
+        grid.add(min(grid.firsts))
     last = Tap("block_out", model.anatomy.n_layers - 1)
     sums = _sums(writing)
     operated = touched(writing, cutting)
     raws = [Tap(f"{part}_raw", layer) for layer, part in operated]  # type: ignore[arg-type]
     reads = [last, Tap("bs"), *raws, *writing.everywhere, *(tap for taps in sums.values() for tap in taps)]
-    values = _forward(frames, grid, control, reads, writing.writes(), frames.feed(grid, control + 1, start))
+    values = _forward(frames, grid, control, reads, writing.writes(), start)
     writing.settle(values)
     cutting.settle(values)
     final = _finals(frames, grid, values, control)
@@ -91,10 +93,17 @@ def run_chunk(frames: Frames, group: Sequence[Row]) -> Outcome:
 
 
 def _forward(
-    frames: Frames, grid: Grid, control: int, reads: list[Tap], writes: dict[Tap, Write], feed: tuple[Tensor, Any]
+    frames: Frames,
+    grid: Batch,
+    control: int,
+    reads: list[Tap],
+    writes: dict[Tap, Write],
+    start: int,
+    stream: Tensor | None = None,
 ) -> Values:
-    ids, extra = feed
+    """One forward from layer `start` on, with the logits of the control row."""
     try:
+        ids, extra = frames.feed(grid, control + 1, start, stream)
         return forward(frames.model, ids, reads, writes, logits_at=[grid.place(control, frames.t)[1]], **extra)
     except UnsupportedModelError as error:
         if frames.kind == "packed":
@@ -102,7 +111,7 @@ def _forward(
         raise
 
 
-def _finals(frames: Frames, grid: Grid, values: Values, control: int) -> Tensor:
+def _finals(frames: Frames, grid: Batch, values: Values, control: int) -> Tensor:
     """Final streams of all rows; the last must be the recording's."""
     model, t = frames.model, frames.t
     b, s = grid.places(torch.arange(control + 1), torch.full((control + 1,), t))
@@ -126,7 +135,7 @@ def _past(rec: Recording, frames: Frames, group: Sequence[Row], layer: int) -> b
 def _run_past(frames: Frames, group: Sequence[Row], layer: int) -> Outcome:
     """`run_chunk` from the layer after the touched neurons: with coefficients c' instead of c the layer leaves
     post-norm(raw + sum (c' - c) w_out) instead of post-norm(raw), raw being the down-projection's output."""
-    rec, model, grid = frames.rec, frames.model, frames.grid(frames.t)
+    rec, model, grid = frames.rec, frames.model, frames.batch([frames.t] * (len(group) + 1))
     record, written = rec.layers[layer], model.rows(layer, "mlp_out").rows
     rows, neurons, moved = _moved(rec, group, layer)
     raw = rec.work(record.mlp_raw)
@@ -138,10 +147,10 @@ def _run_past(frames: Frames, group: Sequence[Row], layer: int) -> Outcome:
     else:
         after = PostMap.of(model, layer, "mlp", raw + change)
         added = after.push(raw + change) - post.push(raw)
-    stream = frames.states(layer + 1, grid)
+    stream = rec.layers[layer + 1].resid_pre
     stream = (rec.work(stream) + added).to(stream.dtype)
     reads = [Tap("block_out", model.anatomy.n_layers - 1), Tap("bs")]
-    values = _forward(frames, grid, len(group), reads, {}, frames.feed(grid, len(group) + 1, layer + 1, stream))
+    values = _forward(frames, grid, len(group), reads, {}, layer + 1, stream)
     final = _finals(frames, grid, values, len(group))[:-1]
     vectors = direct_of(rec, layer, "mlp", None, change[:-1], raw + change[:-1])
     return Outcome(model.norm(None, "final_norm")(final), _on_target(rec, vectors))

@@ -25,6 +25,7 @@ from resid_surgery.models.taps import Tap, mix_tap, mlp_reads
 from resid_surgery.models.tracing import Values, Write
 from resid_surgery.sites import Constant, ExpertNeuron, Head, HeadSource, Neuron, SharedNeuron, Site, Sublayer
 from resid_surgery.stream.records import attention_rows
+from resid_surgery.surgery.batches import Packed
 from resid_surgery.surgery.conflicts import Operation
 from resid_surgery.surgery.interventions import Set
 from resid_surgery.surgery.places import RowOps
@@ -98,6 +99,8 @@ class Cutting:
             for reader in readers_of(row, ops):
                 if not isinstance(reader.site, Constant):
                     reader.aux = known.setdefault(reader.key, len(rows) + len(known))
+                    if isinstance(writing.grid, Packed):
+                        writing.grid.add(writing.grid.firsts[row])
                     family[row].append(reader.aux)
                 cutting.readers.append(reader)
             for op in ops:
@@ -166,7 +169,7 @@ class Cutting:
 
     def _reads(self, reader: Reader, tap: Tap) -> Write:
         def write(value: Tensor, seen: Values) -> Tensor:  # earlier positions of a generation are in the cache
-            for position in sorted({at for _, at in reader.edits if at >= self.writing.grid.first}):
+            for position in sorted({at for _, at in reader.edits if at >= self.writing.grid.begins(reader.aux)}):
                 b, s = self.writing.grid.place(reader.aux, position)
                 value[b, s] += self.moved(reader, position, seen).to(value)
             return value

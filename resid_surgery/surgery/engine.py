@@ -21,9 +21,9 @@ from resid_surgery.stream.blocks import PostMap
 from resid_surgery.stream.closing import relative
 from resid_surgery.stream.recording import Recording, closure_tolerance
 from resid_surgery.stream.vocabulary import Readout
+from resid_surgery.surgery.batches import Rows
 from resid_surgery.surgery.cutting import Cutting
 from resid_surgery.surgery.places import RowOps, raw_part
-from resid_surgery.surgery.reading import Grid
 from resid_surgery.surgery.writing import Change, Writing
 
 TOKENS_A_CHUNK = 512
@@ -98,7 +98,7 @@ class _Batch:
 
     def __init__(self, rec: Recording, rows: Sequence[RowOps], at: Sequence[int]) -> None:
         self.rec, self.model, self.rows, self.at = rec, rec.model, [*rows], list(at)
-        self.writing = Writing(rec.model, Grid(0, rec.n_positions, False), self.at)
+        self.writing = Writing(rec.model, Rows(0, rec.n_positions), self.at)
         self.cutting = Cutting.of(self.writing, self.rows)
         self.control = self.cutting.rows
 

@@ -1,9 +1,9 @@
 """Frames: how the rows of a sweep lie in a forward, and what they share.
 
-Packed, the default. Rows are put side by side as tokens of one sequence: after the cached prefix that all of
-them share, each row has its own tokens from the first touched position up to the predicting one. A mask lets a
-token see the prefix and what comes before it in its own row; positions are counted as in the prompt. A forward of
-R rows of S tokens is one of R * S tokens, and nothing is held per row but its tokens.
+Packed, the default. Rows are put side by side as tokens of one sequence, behind the cached prompt: each row has
+its own tokens from the first position that it touches up to the predicting one. A mask lets a token see what comes
+before its row's tokens in the cache, and these up to its own; positions are counted as in the prompt. Nothing is
+held per row but its tokens.
 
 Full, where packing is not exact (a family that makes its own mask, a sliding window, a state space): whole prompts
 in rows of their own.
@@ -11,7 +11,8 @@ in rows of their own.
 Both begin at the first touched layer, from the recorded stream.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, final
 
 import torch
@@ -23,8 +24,8 @@ from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.taps import Tap
 from resid_surgery.models.tracing import forward
 from resid_surgery.stream.recording import Recording
+from resid_surgery.surgery.batches import Batch, Packed, Rows
 from resid_surgery.surgery.engine import device_of
-from resid_surgery.surgery.reading import Grid
 
 Kind = Literal["packed", "full"]
 
@@ -42,7 +43,6 @@ class Frames:
     kind: Kind = "packed"
     _prefix: list[tuple[Tensor, Tensor]] | None = None
     _states: Float[Tensor, "layer position d_model"] | None = None
-    _whole: int = field(default=0)
 
     @property
     def model(self) -> OpenedModel:
@@ -54,62 +54,60 @@ class Frames:
         """The predicting position."""
         return self.rec.prompt.position
 
-    def grid(self, first: int) -> Grid:
-        """Where rows lie whose first touched position is `first`."""
+    def batch(self, firsts: Sequence[int]) -> Batch:
+        """Where rows lie whose first touched positions are these."""
         if self.kind == "full":
-            return Grid(0, self.t + 1, False)
-        return Grid(first, self.t + 1 - first, True)
+            return Rows(0, self.t + 1)
+        packed = Packed(self.t, self.t)
+        for first in firsts:
+            packed.add(first)
+        return packed
 
-    def feed(self, grid: Grid, rows: int, start: int, stream: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
+    def feed(self, batch: Batch, rows: int, start: int, stream: Tensor | None = None) -> tuple[Tensor, dict[str, Any]]:
         """(token ids, other arguments of `forward`) of a batch of rows that begins at layer `start`, from the
         recorded stream there unless another one, (token, d_model), is given."""
-        device = device_of(self.model)
-        ids = torch.tensor([self.rec.prompt.ids[grid.first : self.t + 1]], device=device)
-        extra: dict[str, Any] = {}
+        device, extra = device_of(self.model), {}
+        prompt = torch.tensor(self.rec.prompt.ids[: self.t + 1], device=device)
+        if isinstance(batch, Rows):
+            if start:
+                extra["resume"] = (start, self.states(start).expand(rows, -1, -1).contiguous())
+            return prompt.repeat(rows, 1), extra
+        at = batch.positions().to(device)
         if stream is not None:
             extra["resume"] = (start, stream[None])
         elif start:
-            states = self.states(start, grid)
-            states = states.repeat(rows, 1)[None] if grid.packed else states.expand(rows, -1, -1).contiguous()
-            extra["resume"] = (start, states)
-        if not grid.packed:
-            return ids.repeat(rows, 1), extra
-        given: dict[str, Any] = {
-            "attention_mask": self._mask(grid, rows),
-            "position_ids": self._positions(grid, rows, device),
-        }
-        if grid.first:
-            given |= {"past_key_values": self._cache(grid.first), "use_cache": True}
-        return ids.repeat(1, rows), extra | {"given": given}
+            alone = batch.tokens == len(batch.firsts)  # everything is at the predicting position
+            states = self.rec.layers[start].resid_pre[None] if alone else self.states(start)
+            extra["resume"] = (start, states.repeat(rows, 1)[None] if alone else states[at][None])
+        given: dict[str, Any] = {"attention_mask": self._mask(batch), "position_ids": at[None]}
+        if batch.cached:
+            given |= {"past_key_values": self._cache(), "use_cache": True}
+        return prompt[at][None], extra | {"given": given}
 
-    def states(self, layer: int, grid: Grid) -> Float[Tensor, "position d_model"]:
-        """The recorded stream before a layer, at a grid's positions."""
-        if grid.span == 1:
-            return self.rec.layers[layer].resid_pre[None]
+    def states(self, layer: int) -> Float[Tensor, "position d_model"]:
+        """The recorded stream before a layer, up to the predicting position."""
         if self.rec.stream is not None:
-            return self.rec.stream.resid_pre[layer, grid.first : self.t + 1]
+            return self.rec.stream.resid_pre[layer, : self.t + 1]
         if self._states is None:
             ids = torch.tensor([self.rec.prompt.ids[: self.t + 1]], device=device_of(self.model))
             taps = [Tap("block_in", i) for i in range(self.model.anatomy.n_layers)]
             values = forward(self.model, ids, taps, logits_at=[self.t])
             self._states = torch.stack([values[tap][0] for tap in taps])
-        return self._states[layer, grid.first :]
+        return self._states[layer]
 
-    def _mask(self, grid: Grid, rows: int) -> Tensor:
-        """(1, 1, token, prefix + token): the prefix, and the same row's tokens up to one's own."""
+    def _mask(self, batch: Packed) -> Tensor:
+        """(1, 1, token, cached + token): what comes before the row's own tokens, and these up to one's own."""
         dtype, device = self.model.dtype, device_of(self.model)
-        n = rows * grid.span
-        row = torch.arange(n, device=device) // grid.span
-        seen = (row[:, None] == row) & (torch.arange(n, device=device)[:, None] >= torch.arange(n, device=device))
-        seen = torch.cat([torch.ones(n, grid.first, dtype=torch.bool, device=device), seen], 1)
-        hidden = torch.finfo(dtype).min
-        return torch.zeros(n, grid.first + n, dtype=dtype, device=device).masked_fill(~seen, hidden)[None, None]
+        row, n = batch.rows(), torch.arange(batch.tokens)
+        own = (row[:, None] == row) & (n[:, None] >= n)
+        shared = torch.arange(batch.cached) < torch.tensor(batch.firsts)[row][:, None]
+        seen = torch.cat([shared, own], 1).to(device)
+        mask = torch.zeros(seen.shape, dtype=dtype, device=device)
+        return mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
 
-    def _positions(self, grid: Grid, rows: int, device: Any) -> Tensor:
-        return torch.arange(grid.first, self.t + 1, device=device).repeat(rows)[None]
-
-    def _cache(self, first: int) -> Any:
-        """A cache of the prompt's first positions; the model appends to it without touching what is shared."""
+    def _cache(self) -> Any:
+        """A cache of the prompt before the predicting position; the model appends to it without touching what is
+        shared."""
         if self._prefix is None:
             held = DynamicCache()
             ids = torch.tensor([self.rec.prompt.ids[: self.t]], device=device_of(self.model))
@@ -119,7 +117,7 @@ class Frames:
         cache = DynamicCache()
         for i, (keys, values) in enumerate(self._prefix):
             cache.update(keys[:, :, :0], values[:, :, :0], i)
-            cache.layers[i].keys, cache.layers[i].values = keys[:, :, :first], values[:, :, :first]
+            cache.layers[i].keys, cache.layers[i].values = keys, values
         return cache
 
 

@@ -37,45 +37,9 @@ from resid_surgery.stream.recording import Recording, reach
 from resid_surgery.stream.records import attention_rows, gate_between
 from resid_surgery.stream.subvalues import attention_of, joint_parts, need_group, neuron_place
 from resid_surgery.surgery.arguments import Donor
+from resid_surgery.surgery.batches import Batch, Rows
 from resid_surgery.surgery.conflicts import Operation
 from resid_surgery.surgery.resolving import Want
-
-Place = tuple[int, int]  # (row of the batch, index along it)
-
-
-@final
-@dataclass(frozen=True)
-class Grid:
-    """Where (row, position) lies in a batch: in a row of its own, or packed into one sequence.
-
-    Attributes:
-        first: the first position that is computed. span: positions a row. packed: rows are tokens of one
-            sequence, after `first` cached positions that they share.
-    """
-
-    first: int
-    span: int
-    packed: bool
-
-    def place(self, row: int, position: int) -> Place:
-        """Where a row's token is."""
-        at = position - self.first
-        return (0, row * self.span + at) if self.packed else (row, at)
-
-    def places(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """`place` of many."""
-        at = positions - self.first
-        return (torch.zeros_like(rows), rows * self.span + at) if self.packed else (rows, at)
-
-    def key(self, row: int, source: int) -> int:
-        """Where a row's source is among the keys."""
-        if not self.packed or source < self.first:
-            return source
-        return self.first + row * self.span + source - self.first
-
-    def keys(self, row: int, upto: int) -> list[int]:
-        """Where a row's sources up to a position are among the keys."""
-        return [self.key(row, source) for source in range(upto + 1)]
 
 
 @final
@@ -84,12 +48,12 @@ class Reading:
     """Values of sites in one forward.
 
     Attributes:
-        model: whose. values: what was read, with all positions of `grid` kept.
+        model: whose. values: what was read, with all positions of `grid`, which says where rows lie, kept.
     """
 
     model: OpenedModel
     values: Values
-    grid: Grid
+    grid: Batch
     alphas: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
     def at(self, name: str, layer: int, row: int, position: int) -> Tensor:
@@ -104,10 +68,10 @@ class Reading:
             InterventionError: its keys are not all of the positions so far.
         """
         call: AttentionCall = self.values[Tap("attn_call", layer)]
-        if not self.grid.packed and call.value.shape[2] != self.grid.first + self.grid.span:
+        if isinstance(self.grid, Rows) and call.value.shape[2] != self.grid.keys:
             raise InterventionError(
                 f"sources cannot be told apart in layer {layer} of {self.model.name}: its cache holds "
-                f"{call.value.shape[2]} of {self.grid.first + self.grid.span} positions (a sliding window)."
+                f"{call.value.shape[2]} of {self.grid.keys} positions (a sliding window)."
             )
         return call
 
@@ -134,7 +98,7 @@ class Reading:
     def value(self, layer: int, head: int, row: int, source: int) -> Float[Tensor, " d_head"]:
         """v[head, source] of a row, in the working dtype of attention."""
         call, size = self.call(layer), self.model.anatomy.sizes[layer]
-        b, _ = self.grid.place(row, self.grid.first)
+        b, _ = self.grid.place(row, self.grid.begins(row))
         kv = head // (size.n_heads // size.n_kv_heads)
         return call.value[b, kv, self.grid.key(row, source)]
 
@@ -299,9 +263,7 @@ def _read_donor(model: OpenedModel, donor: Donor, wants: Sequence[Want], known: 
     for want in wants:
         taps |= dict.fromkeys(taps_of(model, want.site, vector=_is_edge(want.operation)))
     ids = torch.tensor([prompt.ids], device=model.shadow.get_input_embeddings().weight.device)  # type: ignore[operator]
-    reading = Reading(
-        model, forward(model, ids, list(taps), logits_at=[len(prompt.ids) - 1]), Grid(0, len(prompt.ids), False)
-    )
+    reading = Reading(model, forward(model, ids, list(taps), logits_at=[len(prompt.ids) - 1]), Rows(0, len(prompt.ids)))
     for want in wants:
         if _is_edge(want.operation):
             reader = want.operation.edge.reader

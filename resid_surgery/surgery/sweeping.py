@@ -1,13 +1,14 @@
 """Sweeping: thousands of interventions on one prompt, one row each, as few and as small forwards as are exact.
 
 1. Everything is resolved and checked before any forward runs.
-2. Rows are sorted by their first touched position and layer and cut into chunks of about as many tokens as the
-   machine multiplies well.
+2. Rows are sorted by their first touched layer and cut into chunks of about as many tokens as the machine
+   multiplies well.
 3. A chunk is one trace: it begins at its first touched layer from the recorded stream, packs its rows as tokens
    of one sequence behind the shared prefix (see `frames`), and carries out all operations as indexed writes.
 4. Its last row is left alone. If that is not the recording, packing is not exact here: the chunk, and all later
    ones, run as whole prompts; if even that differs, it is an error.
-5. Final streams are measured: bs-values by a few dot products, log-probabilities by one product with the
+5. Rows that leave exactly what the recording has (a coefficient that is 0 anyway) are known without running.
+6. Final streams are measured: bs-values by a few dot products, log-probabilities by one product with the
    vocabulary a chunk.
 """
 
@@ -24,7 +25,7 @@ from resid_surgery._progress import progress as progress_bar
 from resid_surgery.addresses import Edge
 from resid_surgery.errors import ArgumentError, InterventionError, ResidSurgeryError
 from resid_surgery.models.prompts import token_text
-from resid_surgery.sites import Constant, Site
+from resid_surgery.sites import Constant, Neuron, Resid, SharedNeuron, Site, Sublayer
 from resid_surgery.stream.recording import Recording, be_recording
 from resid_surgery.surgery.chunks import NotExactError, Row, run_chunk
 from resid_surgery.surgery.conflicts import Operation
@@ -34,7 +35,7 @@ from resid_surgery.surgery.frames import Frames
 from resid_surgery.surgery.interventions import Intervention, as_interventions
 from resid_surgery.surgery.measures import MEASURES, Meter
 from resid_surgery.surgery.places import RowOps
-from resid_surgery.surgery.reading import fetch
+from resid_surgery.surgery.reading import fetch, recorded
 from resid_surgery.surgery.resolving import Resolver, Scene
 
 FRAMES = ("auto", "packed", "full")
@@ -73,7 +74,8 @@ def sweep(
         head, index, source, expert, position, as far as rows have them); bs_target, bs_versus_i (logits
         after), bs_change_*; direct (logits of the target, under the clean frozen norm; rs.intervene has the whole
         split); log_prob (nats), log_prob_change, prob, kl (KL(clean || row), nats); rank, top, entropy (nats);
-        frame. ``.attrs["clean"]`` has the clean run's values.
+        frame ("packed", "full", or "none" for rows that leave exactly what they find and so need no forward).
+        ``.attrs["clean"]`` has the clean run's values.
 
     Raises:
         InterventionError: contradictory or empty rows; an operation did not fire; a control row differs.
@@ -126,7 +128,13 @@ def _measured(
     """(row numbers, columns, frame) of each chunk."""
     bar = shown if shown is not None else len(rows) > 256
     with progress_bar("sweep", len(rows), shown=bar) as step:
-        waiting = sorted(rows, key=lambda row: (row.first, row.start))
+        idle = [row.at for row in rows if all(does_nothing(rec, op) for op in row.ops)]
+        if idle:  # nothing to run
+            found = meter.read(meter.h[None]) | {"direct": torch.zeros_like(meter.h[:1])}
+            yield idle, {name: column.expand(len(idle)) for name, column in found.items()}, "none"
+            step(done=len(idle))
+        left = set(idle)
+        waiting = sorted((row for row in rows if row.at not in left), key=lambda row: (row.start, row.first))
         while waiting:
             group = _chunk(rec, waiting, frames, chunk)
             try:
@@ -143,20 +151,50 @@ def _measured(
             step(done=len(group))
 
 
+def does_nothing(rec: Recording, op: Operation) -> bool:
+    """Whether an operation leaves exactly what the recording has there, as far as that is quickly known.
+
+    A neuron with coefficient 0 (half of a ReLU model's), a state that is the same in both prompts of a patching grid.
+    """
+    if op.steer is not None or op.weight is not None:
+        return False
+    if op.value is None and op.factor == 1:
+        return True
+    if op.source is not None or getattr(op.site, "source", None) is not None:
+        return False
+    found = _found(rec, op)
+    if found is None:
+        return False
+    return bool((found == (0 if op.value is None else op.value)).all())
+
+
+def _found(rec: Recording, op: Operation) -> Tensor | None:
+    """What the recording has at an operation's place, where it keeps that."""
+    site, position = op.site, op.position
+    if position == rec.prompt.position:
+        return recorded(rec, site) if isinstance(site, (Neuron, SharedNeuron, Sublayer, Resid)) else None
+    if rec.stream is None:
+        return None
+    if isinstance(site, Resid) and site.stage == "pre":
+        return rec.work(rec.stream.resid_pre[site.layer, position])
+    if isinstance(site, Sublayer):
+        return rec.work((rec.stream.attn_out if site.part == "attn" else rec.stream.mlp_out)[site.layer, position])
+    return None
+
+
 def _chunk(rec: Recording, waiting: Sequence[Row], frames: Frames, chunk: int | None) -> list[Row]:
     """As many of the first waiting rows as fit one forward."""
-    head = waiting[0]
-    span = frames.grid(head.first).span
-    most = chunk if chunk is not None else max(1, token_budget(rec) // span - 1)
+    t, budget = rec.prompt.position, token_budget(rec)
     group: list[Row] = []
-    size = 0
+    rows = tokens = control = 0
     for row in waiting:
-        elsewhere = frames.kind == "packed" and row.first != head.first
-        deeper = size > most // 2 and row.start != group[-1].start  # its chunk can begin later
-        if group and (size + row.size > most or elsewhere or deeper):
+        span = t + 1 - (row.first if frames.kind == "packed" else 0)
+        rows, tokens, control = rows + row.size, tokens + row.size * span, max(control, span)
+        full = tokens + control > budget if chunk is None else rows > chunk
+        deeper = bool(group) and row.start != group[-1].start  # its chunk can begin later
+        if group and (full or (deeper and chunk is None and 2 * tokens > budget)):
             break
         group.append(row)
-        size += row.size
     return group
 
 

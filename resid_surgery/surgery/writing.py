@@ -27,9 +27,10 @@ from resid_surgery.sites import (
     Sublayer,
 )
 from resid_surgery.stream.records import attention_rows, gate_between, repeat_kv
+from resid_surgery.surgery.batches import Batch
 from resid_surgery.surgery.conflicts import Operation
 from resid_surgery.surgery.places import Placed, raw_part, set_weights, tap_of, waves_of
-from resid_surgery.surgery.reading import Grid, Reading
+from resid_surgery.surgery.reading import Reading
 
 
 @final
@@ -57,7 +58,7 @@ class Writing:
             noted positions.
     """
 
-    def __init__(self, model: OpenedModel, grid: Grid, noted: Collection[int]) -> None:
+    def __init__(self, model: OpenedModel, grid: Batch, noted: Collection[int]) -> None:
         self.model, self.grid, self.noted = model, grid, frozenset(noted)
         self.everywhere: set[Tap] = set()
         self.placed: dict[Tap, Placed] = {}
