@@ -34,8 +34,11 @@ def test_the_examples_output_is_real(smollm2):
 
 def test_the_benchmark_was_pasted_in():
     assert "exact top-100 / plain forward" in block("bench")
+    assert "one nnsight trace each / sweep" in block("bench-surgery")
 
 
-@pytest.mark.parametrize("name", ["operate", "decompose", "locate", "sources", "check", "check --all-families"])
+@pytest.mark.parametrize(
+    "name", ["operate", "decompose", "locate", "sources", "sweep", "check", "check --all-families"]
+)
 def test_every_command_is_named(name):
     assert f"`{name}" in README or f"resid-surgery {name}" in README

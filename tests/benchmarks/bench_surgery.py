@@ -5,7 +5,7 @@
 2. Rows at 16, 128 and 1,024 tokens, and the peak memory above the loaded model, each in a process of its own.
 3. Grids: heads, (head, source) pairs, and a clean/corrupt patching grid, against one trace a cell.
 
-``--device cuda --model FOLDER`` runs the same elsewhere; ``--layers`` takes only some layers.
+``--device cuda --model FOLDER`` runs the same elsewhere; ``--every 5`` takes every fifth layer only.
 """
 
 import argparse
@@ -25,6 +25,11 @@ LONG = (
     "Paris has been a centre of trade, learning and art since the Middle Ages, and millions of people from all over "
     "the world travel to it every year to see its museums, its bridges and its tower. Everyone who went to school "
     "knows it: the capital of France is"
+)
+EARLY = (
+    "France is a country. It has mountains, rivers, old towns and good food, and many people travel there every year "
+    "to see them. Its largest city is also the one in which its government sits. That city, the capital of the "
+    "country, is called"
 )
 TARGET, VERSUS = " Paris", [" London", " Rome"]
 
@@ -72,58 +77,56 @@ class OneByOne:
         return logits[0, -1]
 
 
-def products(model, layer: int, rows: int, tokens: int, vocabulary: bool) -> Callable[[], None]:
-    """The matrix products of `rows` rows from `layer` on, `tokens` at a time, and nothing else."""
-    weights = []
-    for block in list(model.shadow.model.layers)[layer:]:
-        weights += [getattr(block.self_attn, f"{x}_proj").weight for x in "qkvo"]
-        weights += [block.mlp.gate_proj.weight, block.mlp.up_proj.weight, block.mlp.down_proj.weight]
+def products(model, layers: list[int], rows: int, tokens: int, vocabulary: bool) -> Callable[[], None]:
+    """The matrix products of `rows` rows from each of some layers on, `tokens` at a time, and nothing else."""
+    blocks = [
+        [getattr(block.self_attn, f"{x}_proj").weight for x in "qkvo"]
+        + [block.mlp.gate_proj.weight, block.mlp.up_proj.weight, block.mlp.down_proj.weight]
+        for block in model.shadow.model.layers
+    ]
     like = {"device": model.device, "dtype": model.dtype}
-    inputs = {width: torch.randn(1, tokens, width, **like) for width in {w.shape[1] for w in weights}}
-    blocks = [model.unembedding[low : low + 8192] for low in range(0, model.vocab_size, 8192)]
+    inputs = {width: torch.randn(1, tokens, width, **like) for width in {w.shape[1] for w in blocks[0]}}
+    unembedding = [model.unembedding[low : low + 8192] for low in range(0, model.vocab_size, 8192)]
     turned = torch.randn(model.anatomy.d_model, tokens, **like)
 
     def run() -> None:
         with torch.no_grad():
-            for _ in range(-(-rows // tokens)):
-                for w in weights:
-                    torch.nn.functional.linear(inputs[w.shape[1]], w)
-                for w in blocks if vocabulary else ():
-                    w @ turned
+            for layer in layers:
+                for _ in range(-(-rows // tokens)):
+                    for w in (w for block in blocks[layer:] for w in block):
+                        torch.nn.functional.linear(inputs[w.shape[1]], w)
+                    for w in unembedding if vocabulary else ():
+                        w @ turned
 
     return run
 
 
-def every_neuron(model, text: str, layers: list[int], sample: int, device: str) -> None:
+def every_neuron(model, text: str, every: int, sample: int, device: str) -> None:
     rec = rs.record(model, rs.Prompt(text, target=TARGET, versus=VERSUS))
-    single = OneByOne(model, rec)
+    single, n, width = OneByOne(model, rec), model.anatomy.n_layers, model.anatomy.d_mlp
     spent = {"log_prob": 0.0, "bs": 0.0, "traces": 0.0, "products": 0.0, "products_bs": 0.0}
-    rows = traces = 0
-    worst = 0.0
-    rs.sweep(rec, rs.grid(rec, rs.Zero, f"L{layers[-1]}.N0:64"), progress=False)
+    traces, worst = 0, 0.0
+    rs.sweep(rec, rs.grid(rec, rs.Zero, f"L{n - 1}.N0:64"), progress=False)
     single.zero(0, 0)
-    for layer in layers:
-        grid = rs.grid(rec, rs.Zero, f"L{layer}.N*")
-        rows += len(grid)
-        table = None
+    thirds = [list(range(0, n, every))[i::3] for i in range(3)]
+    for layers in thirds:  # in turn: a third of each side
+        grid = rs.grid(rec, rs.Zero, [f"L{layer}.N*" for layer in layers])
+        tables: list = []
         for measure in ("log_prob", "bs"):
-            start = time.perf_counter()
-            found = rs.sweep(rec, grid, measure=measure, progress=False)
-            spent[measure] += time.perf_counter() - start
-            table = found if table is None else table
+            spent[measure] += seconds(
+                lambda m=measure, g=grid, t=tables: t.append(rs.sweep(rec, g, measure=m, progress=False)), device
+            )
+        tokens = 256 if device == "cpu" else 2048
         for name, vocabulary in (("products", True), ("products_bs", False)):
-            spent[name] += seconds(
-                products(model, layer, len(grid), 256 if device == "cpu" else 2048, vocabulary), device
-            )
-        for i in range(max(1, sample // len(layers))):
-            neuron, kept = (37 * i + 11 * layer) % len(grid), []
-            spent["traces"] += seconds(
-                lambda n=neuron, kept=kept, layer=layer: kept.append(single.zero(layer, n)), device
-            )
+            spent[name] += seconds(products(model, layers, width, tokens, vocabulary), device)
+        found = tables[0].set_index("site")["log_prob"]
+        for i in range(sample // 3):
+            layer, neuron, kept = layers[i % len(layers)], (37 * i + 11) % width, []
+            spent["traces"] += seconds(lambda n=neuron, k=kept, at=layer: k.append(single.zero(at, n)), device)
             traces += 1
             log_p = float(torch.log_softmax(kept[0].float(), -1)[rec.prompt.target])
-            worst = max(worst, abs(log_p - float(table["log_prob"][neuron])))
-    each = spent["traces"] / traces
+            worst = max(worst, abs(log_p - float(found[f"L{layer}.N{neuron}"])))
+    each, rows = spent["traces"] / traces, sum(map(len, thirds)) * width
     print(f"every neuron, {len(rec.prompt.ids)}-token prompt: {rows} rows")
     report("one nnsight trace each / sweep", each * rows / spent["log_prob"], each * rows, spent["log_prob"], "s",
            ">= 50" if len(rec.prompt.ids) < 10 else ">= 100")  # fmt: skip
@@ -133,7 +136,7 @@ def every_neuron(model, text: str, layers: list[int], sample: int, device: str) 
     print(f"   largest difference from them: {worst:.1e} nats")
     for name, products_name in (("log_prob", "products"), ("bs", "products_bs")):
         share = spent[products_name] / spent[name]
-        print(f"{f'rate of the matrix products alone, {name}':46}{share * 100:7.0f} %    goal >= 75")
+        print(f"{f'of the rate of the products alone, {name}':46}{share * 100:7.0f} %    goal >= 75", flush=True)
 
 
 def report(name: str, ratio: float, a: float, b: float, unit: str, goal: str = "") -> None:
@@ -142,7 +145,7 @@ def report(name: str, ratio: float, a: float, b: float, unit: str, goal: str = "
     )
 
 
-def grids(model, text: str, other: str, device: str, cells: int = 24) -> None:
+def grids(model, text: str, other: str, device: str, cells: int = 24, only: str = "") -> None:
     rec = rs.record(model, rs.Prompt(text, target=TARGET, versus=[" Rome"]), positions="all")
     corrupt = rs.record(model, rs.Prompt(other, target=TARGET, versus=[" Rome"]), positions="all")
     single, n, width = OneByOne(model, corrupt), model.anatomy.n_layers, model.anatomy.d_head
@@ -155,19 +158,20 @@ def grids(model, text: str, other: str, device: str, cells: int = 24) -> None:
         "(head, source), one trace each / grid": (
             lambda: rs.sweep(rec, rs.grid(rec, rs.Zero, "L*.H*<*"), progress=False),
             lambda layer, at: clean.zero_head(layer, at % model.anatomy.n_heads, width)),
-        "patching layer x position, one trace each / grid": (
+        "patching, one trace each / layer x position": (
             lambda: rs.patching(rec, corrupt, "L*.resid_pre", progress=False),
             lambda layer, at: single.patch(layer, at, rec.stream.resid_pre[layer, at])),
     }  # fmt: skip
     print(f"grids, {rec.n_positions}-token prompts")
-    for name, (grid, cell) in jobs.items():
+    for name, (grid, cell) in ((name, job) for name, job in jobs.items() if only in name):
         cell(0, 0)
         one = statistics.median(seconds(lambda c=c, cell=cell: cell(*c), device) for c in picked)
         tables: list = []
         spent = seconds(lambda grid=grid, tables=tables: tables.append(grid()), device)
-        rows = len(tables[0])
+        rows, idle = len(tables[0]), int((tables[0]["frame"] == "none").sum())
         goal = ">= 15" if "patching" in name else ""
-        report(f"{name} ({rows})", one * rows / spent, one * rows, spent, "s", goal)
+        report(name, one * rows / spent, one * rows, spent, "s", goal)
+        print(f"   {rows} cells, {idle} of them equal in both prompts" if idle else f"   {rows} cells", flush=True)
 
 
 MEMORY = """
@@ -219,18 +223,18 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--device", default=None)
     parser.add_argument("--dtype", default=None)
-    parser.add_argument("--layers", default=None, help="every n-th layer only, as in --layers 5")
+    parser.add_argument("--every", type=int, default=1, help="every n-th layer only")
     parser.add_argument("--sample", type=int, default=200, help="traces timed")
     parser.add_argument("--skip-memory", action="store_true")
     args = parser.parse_args()
     model = rs.load(args.model, device=args.device, dtype=args.dtype)
     device = model.device.type
     print(f"{model!r}, {torch.get_num_threads()} threads")
-    layers = list(range(0, model.anatomy.n_layers, int(args.layers or 1)))
-    every_neuron(model, SHORT, layers, args.sample, device)
-    every_neuron(model, LONG, layers, args.sample, device)
+    every_neuron(model, SHORT, args.every, args.sample, device)
+    every_neuron(model, LONG, args.every, args.sample, device)
     grids(model, SHORT, "The capital of Italy is", device)
     grids(model, LONG, LONG.replace("of France", "of Italy"), device, cells=12)
+    grids(model, EARLY, EARLY.replace("France", "Italy"), device, cells=12, only="patching")
     if not args.skip_memory:
         memory()
 
