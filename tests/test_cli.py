@@ -27,6 +27,8 @@ COMMANDS = {
                "--dtype", "--device"},
     "sources": {"--target", "--versus", "--model", "--reader", "--grain", "--norm", "--top", "--rows", "--json",
                 "--dtype", "--device"},
+    "sweep": {"--target", "--versus", "--model", "--site", "--operation", "--value", "--positions", "--corrupt",
+              "--direction", "--measure", "--sort", "--out", "--rows", "--json", "--dtype", "--device"},
     "check": {"--all-families", "--family", "--markdown", "--json", "--dtype", "--device"},
 }  # fmt: skip
 TABLES = (
@@ -335,6 +337,49 @@ def test_sources_prints_the_shares_of_given_or_of_the_best_neurons(cli: Cli, ask
     assert "remainder" in cli("sources", *asked, "--grain", "neuron", "--top", 3).out
 
 
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ([], lambda rec: rs.sweep(rec, rs.grid(rec, rs.Zero, "L*.H*"))),
+        (["-s", "L1.N0:4", "-s", "L0.mlp", "--operation", "scale", "--value", "2", "--positions", "each"],
+         lambda rec: rs.sweep(rec, rs.grid(rec, lambda one, positions: rs.Scale(one, 2.0, positions=positions),
+                                           ["L1.N0:4", "L0.mlp"], positions="each"))),
+        (["-s", "L1.H0<*", "--operation", "attend", "--value", "0.5", "--measure", "bs", "--sort", "bs_change_target"],
+         lambda rec: rs.sweep(rec, rs.grid(rec, lambda one, positions: rs.Attend(one, 0.5, positions=positions),
+                                           "L1.H0<*"), measure="bs").sort_values("bs_change_target")),
+        (["-s", "L2.N3", "--operation", "clamp", "--value", "-1"],
+         lambda rec: rs.sweep(rec, rs.grid(rec, lambda one, positions: rs.Clamp(one, -1.0, positions=positions),
+                                           "L2.N3"))),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sweep_prints_a_row_an_intervention(
+    cli: Cli, asked: list[Any], rec: Any, options: list[str], rows: Any
+) -> None:
+    done = cli("sweep", *asked, *options, "--json")
+    assert (done.code, done.err) == (0, "")
+    wanted = rows(rec)
+    same(done.json()["rows"], wanted)
+    assert done.json()["clean"] == pytest.approx(wanted.attrs["clean"])
+    assert f"{len(wanted)} rows" in cli("sweep", *asked, *options).out
+
+
+def test_sweep_patches_between_two_prompts_and_writes_files(
+    cli: Cli, asked: list[Any], model: Path, rec: Any, tmp_path: Path
+) -> None:
+    corrupt = TEXT.replace("France", "Italy")
+    assert corrupt != TEXT
+    done = cli("sweep", *asked, "--corrupt", corrupt, "--positions", "each", "--direction", "noise", "--out",
+               tmp_path / "out", "--json")  # fmt: skip
+    assert (done.code, done.err) == (0, "")
+    other = rs.record(rec.model, rs.Prompt(corrupt, target=" Paris", versus=[" London"]))
+    table = rs.patching(rec, other, direction="noise")
+    same(done.json()["rows"], table)
+    assert [Path(name).name for name in done.json()["files"]] == ["sweep.csv", "sweep.png"]
+    same(pd.read_csv(tmp_path / "out" / "sweep.csv", keep_default_na=False).to_dict("records"), table)
+    assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_check_prints_every_line_and_the_anatomy(cli: Cli, model: Path) -> None:
     done = cli("check", model)
     assert (done.code, done.err) == (0, "")
@@ -486,6 +531,13 @@ BAD_VALUES = {
         "`reader` must be a neuron such as L20.N1297 or L3.E5.N17; got L0.attn.",
     ),
     "reader of no expert": (["sources", "-r", "L0.E0.N1"], "`L0.E0.N1` does not exist for tiny-llama: .* no experts."),
+    "operation": (["sweep", "--operation", "remove"], "`--operation` must be one of zero, scale, clamp, attend; got"),
+    "site of a sweep": (["sweep", "-s", "L9.H*"], "`layer` must be in 0..2 for tiny-llama (3 layers); got 9."),
+    "column to sort by": (["sweep", "-s", "L0.mlp", "--sort", "kll"], "`--sort` must be a column: site, kind"),
+    "measure": (["sweep", "--measure", "prob"], "`measure` must be one of bs, log_prob, all; got 'prob'."),
+    "clamped head": (["sweep", "--operation", "clamp"], "`sites` of Clamp must be a neuron or attention neuron"),
+    "direction": (["sweep", "--corrupt", TEXT, "--direction", "up"], "`direction` must be one of denoise, noise"),
+    "the same prompt twice": (["sweep", "--corrupt", TEXT], "`clean` and `corrupt` must differ in what is measured"),
     "dtype": (["decompose", "--dtype", "int8"], "`dtype` must be one of float64, float32, bfloat16, float16; got"),
     "device": (["decompose", "--device", "nonsense"], "`device` must be a torch device such as 'cpu' or 'cuda'; got"),
 }
@@ -499,7 +551,7 @@ def test_a_bad_value_gives_the_librarys_line_and_exit_code_2(cli: Cli, asked: li
         assert piece in line
 
 
-@pytest.mark.parametrize("command", ["operate", "decompose", "locate", "sources"])
+@pytest.mark.parametrize("command", ["operate", "decompose", "locate", "sources", "sweep"])
 def test_a_target_of_several_tokens_gives_its_pieces(cli: Cli, model: Path, command: str) -> None:
     line = one_line(cli(command, TEXT, "--target", " Paris London", "--model", model))
     assert line == (

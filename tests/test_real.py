@@ -156,20 +156,84 @@ def test_the_users_model_is_bit_identical_after_everything_also_after_an_error(s
     rs.locate(paris, k=5)
     rs.sources(paris, "L27.N846")
     rs.intervene(paris, [rs.Zero("L27.N846"), rs.Scale("L23.H4<3", 2.0)])
-    from resid_surgery.surgery import engine
+    rs.sweep(paris, rs.grid(paris, rs.Zero, "L*.H0"))
+    with rs.under(smollm2, rs.Zero("L27.N846", positions="all")) as altered:
+        altered.generate("The capital of France is", max_new_tokens=2)
+    from resid_surgery.surgery import writing
 
     def explode(*_):
         raise RuntimeError("injected mid-forward")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "_left", explode)
-        with pytest.raises(RuntimeError, match="injected mid-forward"):
-            rs.intervene(paris, rs.Zero("L27.N846"))
+        patch.setattr(writing.Writing, "_apply", explode)
+        for use in (rs.intervene, lambda rec, op: rs.sweep(rec, [op, rs.Zero("L3.attn")])):
+            with pytest.raises(RuntimeError, match="injected mid-forward"):
+                use(paris, rs.Zero("L27.H0"))
     after = module.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (module.training, module.config._attn_implementation, torch.get_rng_state().tolist()) == state
     assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in module.modules())
     assert rs.intervene(paris, rs.Zero("L27.N846")).table["closure"].max() <= 1e-4
+
+
+def hooked(module, path, change, ids):
+    """Last logits of a plain forward with one pre-hook that changes a module's input."""
+    handle = module.get_submodule(path).register_forward_pre_hook(lambda m, args: (change(args[0].clone()), *args[1:]))
+    try:
+        with torch.no_grad():
+            return module(torch.tensor([ids]), use_cache=False).logits[0, -1]
+    finally:
+        handle.remove()
+
+
+def test_a_sweep_of_neurons_heads_and_states_equals_plain_forward_hooks(smollm2, paris):
+    def zero(at, region):
+        def change(x):
+            x[0, at, region] = 0
+            return x
+
+        return change
+
+    ids, module = list(paris.prompt.ids), smollm2.module
+    cases = [(rs.Zero(f"L{layer}.N{n}"), f"model.layers.{layer}.mlp.down_proj", zero(-1, n))
+             for layer, n in ((0, 5), (7, 1000), (24, 1005), (29, 3))]  # fmt: skip
+    cases += [(rs.Zero(f"L{layer}.H{h}", positions=[p]), f"model.layers.{layer}.self_attn.o_proj",
+               zero(p, slice(64 * h, 64 * h + 64))) for layer, h, p in ((3, 1, 2), (23, 4, 4), (29, 8, 4))]  # fmt: skip
+    cases += [(rs.Zero(f"L{layer}.resid_pre", positions=[p]), f"model.layers.{layer}", zero(p, slice(None)))
+              for layer, p in ((2, 3), (15, 1))]  # fmt: skip
+    table = rs.sweep(paris, [op for op, _, _ in cases], measure="all")
+    assert set(table["frame"]) == {"packed"}
+    for row, (_, path, change) in zip(table.to_dict("records"), cases, strict=True):
+        logits = hooked(module, path, change, ids)
+        log_p = torch.log_softmax(logits.double(), -1)
+        assert row["log_prob"] == pytest.approx(float(log_p[paris.prompt.target]), abs=1e-4)
+        assert row["bs_target"] == pytest.approx(float(logits[paris.prompt.target]), abs=1e-4)
+        assert row["entropy"] == pytest.approx(float(-(log_p.exp() * log_p).sum()), abs=1e-4)
+
+
+def test_a_thousand_rows_at_a_long_prompt_equal_the_same_alone(smollm2):
+    ids = (smollm2.tokenizer.encode("The capital of France is a city on the river Seine and") * 30)[:200]
+    rec = rs.record(smollm2, rs.Prompt(ids=ids, target=7042))
+    rows = rs.grid(rec, rs.Zero, "L5,25.N0:500")
+    table = rs.sweep(rec, rows)
+    assert set(table["frame"]) == {"packed"}
+    for i in (0, 257, 999):
+        alone = rs.intervene(rec, rows[i][1]).table.iloc[0]
+        assert table["log_prob_change"][i] == pytest.approx(alone["log_prob_change"], abs=2e-5)
+
+
+def test_the_subjects_state_carries_the_capital(smollm2):
+    france, italy = (rs.record(smollm2, rs.Prompt(f"The capital of {name} is", target=" Paris", versus=[" Rome"]))
+                     for name in ("France", "Italy"))  # fmt: skip
+    score = rs.patching(france, italy).pivot(index="layer", columns="position", values="score")
+    assert score.loc[:20, 3].min() > 0.95  # at the subject
+    assert score.loc[25:, 4].min() > 0.95  # moved to the last position, by L23.H4
+    assert score.loc[:20, [0, 1, 2, 4]].abs().max().max() < 0.2
+    swap = rs.Patch("L5.resid_post", italy, positions=" France", align={" France": " Italy"})
+    with rs.under(smollm2, swap) as altered:
+        assert altered.generate("The capital of France is", max_new_tokens=1) == " Rome"
+    with rs.under(smollm2, rs.Scale("L5.resid_post", 1.0)) as same:
+        assert same.generate("The capital of France is", max_new_tokens=1) == " Paris"
 
 
 def test_bordeaux_is_three_tokens_and_the_error_says_so(smollm2):

@@ -43,7 +43,7 @@ TOKENS = {"cpu": 257}  # of a chunk, one for control: enough for large products,
 TOKENS_ELSEWHERE = 2049
 CHUNK_BYTES = 96 << 20
 RESULTS = ("log_prob", "log_prob_change", "prob", "kl", "rank", "top", "entropy", "direct", "frame", "score")
-COORDINATES = ("operation", "site", "kind", "layer", "head", "index", "source", "expert", "position")
+COORDINATES = ("operation", "site", "kind", "layer", "head", "index", "source", "expert", "position", "token")
 
 
 def sweep(
@@ -267,7 +267,7 @@ def coordinates_of(given: Sequence[Intervention], ops: RowOps) -> dict[str, Any]
     if len(sites) == 1:
         site = ops[0].site
         found |= {"site": str(site), "kind": type(site).__name__}
-        found |= {name: value for name in COORDINATES[3:-1] if (value := getattr(site, name, None)) is not None}
+        found |= {name: value for name in COORDINATES[3:8] if (value := getattr(site, name, None)) is not None}
     else:
         found["site"] = f"{len(sites)} sites"
     if len(positions) == 1:
