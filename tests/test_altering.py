@@ -62,6 +62,36 @@ def test_generation_is_step_by_step_the_same_as_whole_forwards(family, ops, ops_
     assert tokens[0].tolist() == steps(model, ops_at, PROMPT.ids, 6)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("site", ["L1.V0", "L1.K1", "L1.Q0"])
+@pytest.mark.parametrize("at", [1, "all", "target"])
+def test_operated_keys_and_values_go_on_in_the_cache(family, site, at):
+    model = shared(family)
+    op = rs.Scale(site, 3.0, positions=at)
+    with rs.under(model, op) as altered:
+        out = altered.generate(list(PROMPT.ids[:3]), max_new_tokens=4, eos_token_id=[-1], output_logits=True,
+                               return_dict_in_generate=True)  # fmt: skip
+    ids = list(PROMPT.ids[:3])
+    for logits in out.logits:
+        n = len(ids)
+        where = list(range(2, n)) if at == "target" else at
+        rec = rs.record(model, rs.Prompt(ids=ids, target=0))
+        effect = rs.intervene(rec, rs.Scale(site, 3.0, positions=where))
+        assert torch.allclose(logits[0].double(), effect.after.logits, atol=1e-5)
+        ids.append(int(logits[0].argmax()))
+
+
+def test_donors_are_read_again_when_weights_changed():
+    model = rs.load(build("llama"))
+    donor = rs.record(model, rs.Prompt(ids=[9, 8, 7], target=1))
+    with rs.under(model, rs.Patch("L1.mlp", donor)) as altered:
+        altered.forward([5, 4, 3])
+        with torch.no_grad():
+            model.module.model.layers[0].mlp.down_proj.weight.mul_(3)
+        with pytest.raises(rs.StaleRecordingError):
+            altered.forward([5, 4, 3])
+
+
 def test_rows_of_a_batch_are_altered_alike():
     model = shared("llama")
     with rs.under(model, [rs.Scale("L1.N3", 4.0, positions="all"), rs.Cut("L0.mlp", "L2.H1")]) as altered:
@@ -129,6 +159,12 @@ def test_an_error_mid_generation_leaves_everything_as_it_was(monkeypatch):
         (lambda m: generate(m, rs.Zero("L1.N3"), "text"), rs.PromptError, "without a tokenizer"),
         (lambda m: generate(m, rs.Zero("L1.N3"), []), rs.PromptError, "at least one token id"),
         (lambda m: generate(m, rs.Cut("L0.mlp", "L1.H1"), [1, 2], num_beams=2), rs.ArgumentError, "num_beams"),
+        (lambda m: generate(m, rs.Zero("L1.N3"), torch.tensor([[999]])), rs.PromptError, "999"),
+        (lambda m: generate(m, rs.Zero("L1.N3"), [1, 2], use_cache=False), rs.ArgumentError, "`use_cache` must be"),
+        (lambda m: generate(m, rs.Zero("L1.N3"), [1, 2], prefill_chunk_size=1), rs.ArgumentError, "prefill_chunk_size"),
+        (lambda m: forward(m, rs.Cut("L0.mlp", "L1.H1"), [1, 2], labels=torch.tensor([[1, 2]])), rs.ArgumentError,
+         "`labels` does not go with edges"),
+        (lambda m: generate(shared_bloom(), rs.Scale("L1.K0", 2.0), [1, 2]), rs.SiteError, "cannot be operated on in"),
         (lambda m: generate(m, [rs.Zero("L1.mlp"), rs.Zero("L1.N3")], [1]), rs.InterventionError, "both write"),
         (lambda m: rs.under(m, rs.Cut("L0.mlp", "L1.H1", positions="generated")).__enter__(), rs.InterventionError,
          "before anything is generated"),
@@ -137,6 +173,15 @@ def test_an_error_mid_generation_leaves_everything_as_it_was(monkeypatch):
 def test_what_cannot_be_done_is_refused_with_the_reason(use, error, message):
     with pytest.raises(error, match=message):
         use(shared("llama"))
+
+
+def shared_bloom():
+    return rs.load(rs.tiny("bloom"))
+
+
+def forward(model, ops, prompt, **keywords):
+    with rs.under(model, ops) as altered:
+        return altered.forward(prompt, **keywords)
 
 
 def generate(model, ops, prompt, **options):

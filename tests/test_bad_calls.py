@@ -106,7 +106,7 @@ def on(*changes: Any) -> Call:
 
 NO_MODEL = r"`model` must be a model from resid_surgery.load; got .*\. Call rs.load\(...\) first\."
 NO_RECORDING = r"`rec` must be a recording from resid_surgery.record; got "
-NO_INTERVENTIONS = r"`interventions` must be a list of Zero, Scale, Patch or Steer; got "
+NO_INTERVENTIONS = "`interventions` must be a list of Zero, Scale, Patch, Cut, ...; got "
 THREE_LAYERS = r"`layer` must be in 0..2 for LlamaForCausalLM \(3 layers\); got 3. Count from the end with layer=-1."
 GRAINS = r"`grain` must be one of layer, head, head_source, neuron, subvalue; got "
 KINDS = r"`kind` must be one of neuron, head, head_source, attn_neuron, layer; got "
@@ -292,8 +292,44 @@ bad("steer by inf", lambda b: rs.Steer("L0.mlp", b.vector / 0), ArgumentError, "
 bad(
     "steer by a matrix", lambda b: rs.Steer("L0.mlp", b.vector[None]), ArgumentError, r"`vector` must .*shape \(1, 24\)"
 )
-bad("steer by text", lambda b: rs.Steer("L0.mlp", "up"), ArgumentError, "`vector` must be a vector of d_model numbers")
-bad("steer by None", lambda b: rs.Steer("L0.mlp", None), ArgumentError, "`vector` must be a vector .* got None")
+bad("steer by text", lambda b: rs.Steer("L0.mlp", "up"), ArgumentError, "`vector` must be finite numbers; got 'up'")
+bad("steer by None", lambda b: rs.Steer("L0.mlp", None), ArgumentError, "`vector` or `toward` must be given to Steer")
+bad("steer both ways", lambda b: rs.Steer("L0.mlp", b.vector, toward=3), ArgumentError, "`vector` or `toward` must be")
+bad("steer a vector times 2", lambda b: rs.Steer("L0.mlp", b.vector, times=2.0), ArgumentError, "go with `toward`")
+bad(
+    "steer toward a float",
+    lambda b: rs.Steer("L0.mlp", toward=1.5),
+    ArgumentError,
+    "`toward` must be a token's text",
+)
+bad("clamp a head", lambda b: rs.Clamp("L0.H1", 1.0), SiteError, "`sites` of Clamp must be a neuron")
+bad("clamp at NaN", lambda b: rs.Clamp("L0.N1", float("nan")), ArgumentError, "`value` must be a finite number")
+bad("attend to a head", lambda b: rs.Attend("L0.H1", 0.0), SiteError, r"must be a \(head, source\) pair")
+bad("attend, perhaps renormalised", lambda b: rs.Attend("L0.H1<0", 0.0, renormalise=1), ArgumentError, "True or False")
+bad("cut a site", lambda b: rs.Cut("L0.mlp"), SiteError, "`sites` of Cut must be an edge")
+bad(
+    "mean over nothing",
+    lambda b: rs.Mean("L0.mlp", []),
+    ArgumentError,
+    "`over` must be at least one rec",
+)
+bad("mean over one prompt", lambda b: rs.Mean("L0.mlp", b.rec), ArgumentError, "`over` must be a sequence of rec")
+bad("set a slice", lambda b: rs.Set("L0.N*", [1.0]), SiteError, "`sites` of Set must be single sites")
+bad("set without values", lambda b: rs.Set(["L0.N1", "L0.N2"], [1.0]), ArgumentError, "one value for each of 2 sites")
+bad("set everywhere", lambda b: rs.Set("L0.N1", [1.0], positions="all"), ArgumentError, "`positions` of Set must be")
+bad(
+    "set a position too many",
+    lambda b: rs.Set("L0.N1", [[1.0]], positions=[1, 2]),
+    ArgumentError,
+    "one value a position",
+)
+bad(
+    "align by magic",
+    lambda b: rs.Patch("L0.mlp", b.rec, align="magic"),
+    ArgumentError,
+    "`align` must be None, 'index', 't",
+)
+bad("align by an array", lambda b: rs.Patch("L0.mlp", b.rec, align=b.vector), ArgumentError, "`align` must be None")
 bad("patch from text", lambda b: rs.Patch("L0.mlp", "rec"), ArgumentError, "`donor` must be a recording from")
 bad("patch from a vector", lambda b: rs.Patch("L0.mlp", b.vector), ArgumentError, "`donor` must be a recording from")
 
@@ -358,14 +394,32 @@ bad("steer by 23", on(lambda b: rs.Steer("L0.mlp", b.vector[1:])), ArgumentError
     "`vector` must be 24 numbers for LlamaForCausalLM; got 23")  # fmt: skip
 bad("patch from another model", on(lambda b: rs.Patch("L0.mlp", b.other)), InterventionError,
     "`donor` must be a recording of the same opened model")  # fmt: skip
-bad("patch from another length", on(lambda b: rs.Patch("L0.mlp", b.short)), InterventionError,
-    r"`donor` must have as many tokens as the recording \(4\); got 2 \(\['#5', '#6'\]\)")  # fmt: skip
-bad("patch without a stream", on(lambda b: rs.Patch("L0.mlp", b.rec, positions=0)), InterventionError,
-    "`donor` has no value of L0.mlp at position 0: it holds only its predicting .*positions='all'")  # fmt: skip
-bad("patch at another prediction", on(lambda b: rs.Patch("L0.N3", b.early)), InterventionError,
-    "`donor` has no value of L0.N3 at position 3: it holds only its predicting position")  # fmt: skip
-bad("patch a neuron elsewhere", on(lambda b: rs.Patch("L0.N3", b.everywhere, positions=0)), InterventionError,
-    "`donor` has no value of L0.N3 at position 0: only whole sublayers and states are kept there")  # fmt: skip
+bad("patch beyond another length", on(lambda b: rs.Patch("L0.mlp", b.short, positions=[2])), InterventionError,
+    r"Patch.*position 2 \('#\d+'\) has no counterpart in .*: the donor has 2 tokens. Use align='token'")  # fmt: skip
+bad("patch a token that is not there", on(lambda b: rs.Patch("L0.mlp", b.short, align="token")), InterventionError,
+    "has no counterpart in .*: the donor has 0 tokens")  # fmt: skip
+bad("patch from an unmapped position", on(lambda b: rs.Patch("L0.mlp", b.rec, align={0: 1})), InterventionError,
+    "the mapping does not name it")  # fmt: skip
+bad(
+    "set a wide coefficient",
+    on(lambda b: rs.Set("L0.N1", [[1.0, 2.0]])),
+    ArgumentError,
+    "`value of L0.N1` must be 1",
+)
+bad(
+    "set a matrix",
+    on(lambda b: rs.Set("L0.mlp", [b.vector.view(2, 12)])),
+    ArgumentError,
+    "`value of L0.mlp` must be",
+)
+bad("set one position twice", on(lambda b: rs.Set("L0.N1", [[1.0, 2.0]], positions=[1, 1])), InterventionError,
+    "has 2 values for L0.N1, but is for 1 different positions")  # fmt: skip
+bad(
+    "measure where there is no token",
+    lambda b: rs.intervene(b.rec, rs.Zero("L0.N1"), at=[9]),
+    rs.PromptError,
+    "-4..3; got 9",
+)
 
 # intervene_each
 bad("no rows", lambda b: rs.intervene_each(b.rec, []), InterventionError, "`rows` must be a non-empty list")

@@ -35,8 +35,19 @@ def test_a_grid_has_a_row_for_every_site_at_every_position():
     assert [(c["source"], c["position"]) for c, _ in pairs] == [(j, p) for j in range(4) for p in range(j, 4)]
     scaled = rs.grid(rec, lambda one, positions: rs.Scale(one, 2.0, positions=positions), ["L0.mlp", "L1.N0:2"])
     assert [op for _, op in scaled] == [rs.Scale(one, 2.0, positions=3) for one in ("L0.mlp", "L1.N0", "L1.N1")]
+    with pytest.raises(rs.ArgumentError, match="`operation` must be callable as"):
+        rs.grid(rec, rs.Scale, "L1.mlp")
     with pytest.raises(rs.SiteError, match="without positions"):
         rs.grid(rec, rs.Zero, "L1.mlp@2")
+
+
+def test_sources_of_a_slice_run_up_to_the_position_that_it_is_for():
+    rec, _ = recordings("llama")
+    whole = rs.intervene(rec, rs.Zero("L0.H0", positions=[2])).after.bs
+    for one in (rs.Zero("L0.H0<*@2"), rs.Zero("L0.H0<*@2", positions=0), rs.Zero("L0.H0<*", positions=2)):
+        assert torch.allclose(rs.intervene(rec, one).after.bs, whole, atol=1e-9)
+    both = rs.intervene(rec, rs.Zero("L0.H0<*", positions=[1, 3])).after.bs
+    assert torch.allclose(both, rs.intervene(rec, rs.Zero("L0.H0", positions=[1, 3])).after.bs, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,6 +101,8 @@ def test_interaction_is_what_the_joint_effect_has_over_the_singles(family):
     assert table.loc["joint", "bs_change_target"] == pytest.approx(joint, abs=1e-6)
     assert table.loc["interaction", "bs_change_target"] == pytest.approx(joint - sum(wanted), abs=1e-6)
     assert len(rs.additivity(rec, rs.Set(["L0.N3", "L1.N4"], [[1.0], [2.0]]))) == 5
+    with pytest.raises(rs.ArgumentError, match="`where` does not go with additivity"):
+        rs.additivity(rec, ops, where=lambda row: True)
     with pytest.raises(rs.InterventionError, match="at least two"):
         rs.additivity(rec, rs.Zero("L0.N3"))
 

@@ -826,7 +826,7 @@ def test_an_nnsight_model_is_left_as_it_was_too() -> None:
 
 
 def test_an_exception_in_the_middle_of_a_forward_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from resid_surgery.surgery import engine
+    from resid_surgery.surgery import writing
 
     module = users_model("llama")
     model = rs.load(module)
@@ -837,7 +837,7 @@ def test_an_exception_in_the_middle_of_a_forward_changes_nothing(monkeypatch: py
         raise ZeroDivisionError("boom")
 
     with monkeypatch.context() as patched, untouched(module):
-        patched.setattr(engine, "_left", fail)
+        patched.setattr(writing.Writing, "_apply", fail)
         with pytest.raises(ZeroDivisionError, match="boom"):
             rs.intervene(rec, rs.Zero("L1.N1"))
     assert rs.intervene(rec, rs.Zero("L1.N1")).table.equals(before)

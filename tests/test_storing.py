@@ -31,8 +31,8 @@ local = st.one_of(
     st.builds(rs.Steer, plain, toward=st.just(" Paris") | st.integers(0, 9), away=st.none() | st.just(" Rome"),
               times=numbers, positions=positions),
     st.builds(rs.Cut, st.just("L0.mlp"), st.just("L2.H1"), side=st.sampled_from(["all", "query"]), positions=positions),
-    st.builds(lambda a, b: rs.Set([a, b], [[1.5], [2.0, -0.1]]), plain, plain),
-    st.builds(lambda a, v: rs.Set([a], [[v, v]], positions=[1, 2]), plain, vectors),
+    st.builds(lambda a, b: rs.Set([a, b], [[1.5], [2.0, -0.1]]), neurons, pairs),
+    st.builds(lambda a, v: rs.Set([a], [[v, v]], positions=[1, 2]), pairs, vectors),
 )  # fmt: skip
 everything = local | st.builds(rs.Patch, plain, prompt, align=aligned, positions=positions)
 everything |= st.builds(rs.Mean, plain, st.lists(prompt, min_size=1, max_size=2), align=aligned)

@@ -28,6 +28,7 @@ from resid_surgery.stream.subvalues import addends, need_group, neuron_block, ne
 from resid_surgery.stream.vocabulary import Readout
 from resid_surgery.surgery.effects import PARTS, Effect, intervene_each
 from resid_surgery.surgery.interventions import Scale, Zero
+from resid_surgery.surgery.sweeping import sweep
 
 
 def check(model: OpenedModel) -> pd.DataFrame:
@@ -196,6 +197,11 @@ def _effects(rec: Recording) -> Iterator[Closure]:
         alone = intervene_each(rec, [rows[name]], movers=3)[0]
         yield Closure("9", f"a row of a batch = the same row alone, {name}", None,
                       relative(effect.after.bs, alone.after.bs), 10 * tol)  # fmt: skip
+    table = sweep(rec, list(rows.values()), measure="bs", progress=False)
+    found = torch.tensor(table["bs_target"].to_numpy())
+    wanted = torch.stack([effect.after.bs[rec.prompt.target] for effect in effects.values()]).cpu()
+    yield Closure("9", "rows of a sweep = the same rows alone", None,
+                  relative(found, wanted, rec.bs_values.cpu()), 10 * tol)  # fmt: skip
     for site in neurons:
         name = _names(site)
         yield Closure("11", f"zeroing a coefficient changes mlp_out as predicted, {name}", site.layer,

@@ -50,8 +50,8 @@ def under(model: OpenedModel, interventions: Any) -> Iterator["Altered"]:
         `Altered`, which works inside the block; the model itself stays usable and untouched.
 
     Raises:
-        InterventionError, SiteError: contradictory interventions, or sites that do not exist. Positions are
-            looked at with each prompt.
+        InterventionError, SiteError: no interventions, or sites that do not exist. Positions, and interventions
+            that contradict each other there, are looked at with each prompt.
     """
     need_model(model)
     altered = Altered(model, as_interventions(interventions))
@@ -72,6 +72,7 @@ class Altered:
     def __init__(self, model: OpenedModel, interventions: tuple[Intervention, ...]) -> None:
         self.model, self.interventions, self.closed = model, interventions, False
         self._known: Known = {}
+        self._fingerprint = model.known_fingerprint()
         for one in interventions:
             for site in expand(one.sites, model.anatomy, 0 if model.context is None else model.context - 1):
                 (site.site if isinstance(site, At) else site).resolve(model.anatomy)
@@ -103,8 +104,7 @@ class Altered:
         shell = self._shell()
         if not hasattr(shell, "generate"):
             raise ArgumentError(f"{self.model.name} has no `generate`; use altered.forward.")
-        if self._has_edges and options.get("num_beams", 1) != 1:
-            raise ArgumentError("`num_beams` must be 1 with edges, whose auxiliary rows beams would mix up.")
+        self._require_plain_steps(shell, options)
         options = {"do_sample": False, "attention_mask": torch.ones_like(ids)} | options
         if getattr(shell.generation_config, "pad_token_id", None) is None and "pad_token_id" not in options:
             options["pad_token_id"] = 0
@@ -127,6 +127,21 @@ class Altered:
 
     __call__ = forward
 
+    def _require_plain_steps(self, shell: Any, options: dict[str, Any]) -> None:
+        """Refuse ways of generating whose forwards are not the prompt and then one token each."""
+        config = options.get("generation_config") or shell.generation_config
+        asked = {name: options.get(name, getattr(config, name, None))
+                 for name in ("use_cache", "prefill_chunk_size", "prompt_lookup_num_tokens", "num_beams")}  # fmt: skip
+        wrong = [name for name in ("prefill_chunk_size", "prompt_lookup_num_tokens") if asked[name]]
+        wrong += ["use_cache"] * (asked["use_cache"] is False) + ["assistant_model"] * ("assistant_model" in options)
+        if wrong:
+            raise ArgumentError(
+                f"`{wrong[0]}` must be left as it is under interventions, whose positions are counted by forwards of "
+                "the prompt and then of one token each."
+            )
+        if self._has_edges and asked["num_beams"] not in (None, 1):
+            raise ArgumentError("`num_beams` must be 1 with edges, whose auxiliary rows beams would mix up.")
+
     @property
     def _has_edges(self) -> bool:
         return any(isinstance(site, Edge) for one in self.interventions for site in one.sites)
@@ -139,6 +154,8 @@ class Altered:
             ids = prompt if prompt.ndim == 2 else prompt[None]
             if ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
                 raise PromptError(message("prompt", "(row, position) token ids", f"shape {tuple(prompt.shape)}"))
+            for row in ids.tolist():
+                bind(Prompt(ids=row, target=0), None, self.model)
         elif isinstance(prompt, (str, Prompt)):
             given = prompt if isinstance(prompt, Prompt) else Prompt(prompt, target=0)
             ids = torch.tensor([bind(given, self.model.tokenizer, self.model).ids])
@@ -173,7 +190,8 @@ class Altered:
             session.ids = torch.cat([session.ids[:, :seen], ids], 1)
         grid = Rows(seen, ids.shape[1])
         writing = Writing(self.model, grid, ())
-        ops = [self._ops(_bound(self.model, tuple(row.tolist()), seen == 0), grid) for row in session.ids]
+        named = seen == 0 or any(getattr(one, "align", None) is not None for one in self.interventions)
+        ops = [self._ops(_bound(self.model, tuple(row.tolist()), named), grid) for row in session.ids]
         cutting = Cutting.of(writing, ops, session.aux)
         self._reserve(session, cutting, ops, rows)
         total = max(cutting.rows, rows + len(session.aux))
@@ -182,6 +200,11 @@ class Altered:
                 writing.also(Tap("unembed_in"), self._unembed(cutting, reader, grid))
         order = list(range(rows)) + [key[0] for key in session.aux]  # an auxiliary row is a copy of its own row
         if total > rows:
+            more = [name for name in ("labels", "output_hidden_states", "output_attentions")
+                    if keywords.get(name) is not None and keywords[name] is not False]  # fmt: skip
+            more += ["return_dict"] * (keywords.get("return_dict") is False)
+            if more:
+                raise ArgumentError(f"`{more[0]}` does not go with edges, which run rows beside the prompt's.")
             spread = {
                 name
                 for name, value in keywords.items()
@@ -197,7 +220,20 @@ class Altered:
                 raise InterventionError(f"{placed[0][1].origin.brief} did not take effect.")
         if total > rows:
             output["logits"] = output["logits"][:rows]
+        if cache is not None:
+            self._keep(writing, cache)
         return output
+
+    def _keep(self, writing: Writing, cache: Any) -> None:
+        """Keys and values that were operated on go on in the cache, which took them in before."""
+        for layer, call in writing.calls.items():
+            held = cache.layers[layer]
+            if call.key is None or held.keys.shape != call.key.shape or held.values.shape != call.value.shape:
+                raise InterventionError(
+                    f"keys and values of layer {layer} of {self.model.name} cannot be kept: its cache holds them in "
+                    "another form."
+                )
+            held.keys, held.values = call.key, call.value
 
     def _reserve(self, session: "_Session", cutting: Cutting, ops: list[tuple[Operation, ...]], rows: int) -> None:
         """All auxiliary rows must be there from the first forward on, as the cache is theirs too."""
@@ -246,6 +282,9 @@ class Altered:
             origin[id(moved)] = one
         if not placed:
             return ()
+        if (now := self.model.known_fingerprint()) != self._fingerprint:
+            self._known.clear()  # values of donors are of other weights
+            self._fingerprint = now
         resolver = Resolver(Scene(self.model, prompt))
         ops = resolver.resolve(placed)
         for op in ops:

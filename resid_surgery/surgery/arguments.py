@@ -36,7 +36,7 @@ def plain_align(align: Any) -> Any:
         return tuple((plain_positions(p), plain_positions(q)) for p, q in align.items())
     if isinstance(align, tuple) and all(isinstance(one, tuple) and len(one) == 2 for one in align):
         return align
-    if align in (None, "index", "token"):
+    if align is None or (isinstance(align, str) and align in ("index", "token")):
         return align
     raise ArgumentError(_check.message("align", "None, 'index', 'token' or a mapping of positions", align))
 
@@ -71,3 +71,13 @@ def plain_positions(given: Any) -> str | int | tuple[str | int, ...]:
         if not any(isinstance(one, tuple) for one in plain):
             return tuple(one for one in plain if not isinstance(one, tuple))
     raise ArgumentError(_check.message("positions", "'target', 'all', an index, indices or a token's text", given))
+
+
+def plain_token(name: str, token: Any) -> str | int | None:
+    """A token as plain text or a plain id."""
+    if token is None or isinstance(token, str):
+        return token
+    number = _check.index_of(token)
+    if number is None:
+        raise ArgumentError(_check.message(name, "a token's text or id", token))
+    return number

@@ -118,6 +118,10 @@ def _finals(frames: Frames, grid: Batch, values: Values, control: int) -> Tensor
     final = model.work(values[Tap("block_out", model.anatomy.n_layers - 1)][b, s])
     bs = model.work(values[Tap("bs")][-1, 0]) * model.anatomy.layout.logit_scale
     _check_control(frames.rec, final[-1], bs)
+    if not bool(torch.isfinite(final).all()):
+        raise InterventionError(
+            f"an intervention of these rows makes the stream of {model.name} overflow (inf or NaN)."
+        )
     return final
 
 

@@ -83,17 +83,19 @@ def refuse_overlaps(operations: Sequence[Operation]) -> None:
 
 def _refuse_shares_and_edges(operations: Sequence[Operation]) -> None:
     """Operations on one source of a head, and edges into the same head, have no order of their own."""
-    weights = {(op.site.layer, op.site.head, op.position): op for op in operations  # type: ignore[attr-defined]
-               if getattr(op.site, "source", None) is not None and op.steer is None}  # fmt: skip
+    shares: dict[tuple[int, int, int], list[Operation]] = {}
+    for op in operations:
+        if getattr(op.site, "source", None) is not None and op.steer is None:
+            shares.setdefault((op.site.layer, op.site.head, op.position), []).append(op)  # type: ignore[attr-defined]
     for op in operations:
         if isinstance(op.site, Edge) and isinstance(op.site.reader, (Head, HeadSource)):
             reader = op.site.reader
-            if (other := weights.get((reader.layer, reader.head, op.position))) is not None:
+            for other in shares.get((reader.layer, reader.head, op.position), []):
                 _refuse(op, other)
 
 
-def _name(key: tuple[Site, int | None]) -> str:
-    return f"{key[0]}@{key[1]}"
+def _name(key: tuple[Site, int | None]) -> tuple[str, int]:
+    return str(key[0]), -1 if key[1] is None else key[1]
 
 
 def _refuse(a: Operation, b: Operation) -> None:

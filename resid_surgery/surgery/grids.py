@@ -9,7 +9,7 @@ import pandas as pd
 
 from resid_surgery import _check
 from resid_surgery.addresses import At, as_sites, expand
-from resid_surgery.errors import InterventionError, SiteError
+from resid_surgery.errors import ArgumentError, InterventionError, SiteError
 from resid_surgery.sites import Site
 from resid_surgery.stream.recording import Recording, be_recording
 from resid_surgery.surgery.interventions import Intervention, Patch, Set, as_interventions
@@ -42,6 +42,10 @@ def grid(rec: Recording, operation: Callable[..., Any], sites: Any, *, positions
         Zero(['L0.H0'], positions=1)
     """
     be_recording(rec)
+    if not callable(operation):
+        raise ArgumentError(
+            _check.message("operation", "an operation's class, or a function of (site, positions)", operation)
+        )
     prompt, a = rec.prompt, rec.model.anatomy
     places = range(prompt.position + 1) if positions == "each" else prompt.positions(positions)
     rows: Rows = []
@@ -57,7 +61,12 @@ def grid(rec: Recording, operation: Callable[..., Any], sites: Any, *, positions
             named |= {name: value for name in ("layer", "head", "index", "source", "expert")
                       if (value := getattr(site, name, None)) is not None}  # fmt: skip
             named |= {"position": position, "token": prompt.tokens[position]}
-            rows.append((named, operation(site, positions=position)))
+            try:
+                rows.append((named, operation(site, positions=position)))
+            except TypeError as error:
+                raise ArgumentError(
+                    f"`operation` must be callable as operation(site, positions=p): {error}."
+                ) from error
     if not rows:
         raise SiteError("`sites` and `positions` must name at least one row; got none.")
     return rows
@@ -132,6 +141,8 @@ def additivity(rec: Recording, interventions: Any, **options: Any) -> pd.DataFra
         InterventionError: fewer than two singles. More as in `sweep`.
     """
     be_recording(rec)
+    if "where" in options:
+        raise ArgumentError("`where` does not go with additivity: the sum is over all singles.")
     given = as_interventions(interventions)
     singles = [single for one in given for single in _singles(rec, one)]
     if len(singles) < 2:
@@ -160,9 +171,10 @@ def _singles(rec: Recording, one: Intervention) -> Iterator[Intervention]:
             many = isinstance(one.positions, tuple)
             yield Set([site], [list(values) if many else values[0]], positions=one.positions)
         return
-    last = max(rec.prompt.positions(one.positions))
-    for site in expand(one.sites, rec.model.anatomy, last):
-        yield with_sites(one, (site,))
+    for spec in one.sites:
+        at = spec.position if isinstance(spec, At) else one.positions
+        for site in expand([spec], rec.model.anatomy, max(rec.prompt.positions(at))):
+            yield with_sites(one, (site,))
 
 
 def with_sites(one: Intervention, sites: tuple[Site, ...]) -> Intervention:

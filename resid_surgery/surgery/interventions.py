@@ -13,7 +13,7 @@ from typing import Any, Literal, final
 from torch import Tensor
 
 from resid_surgery import _check
-from resid_surgery.addresses import At, Edge, as_sites
+from resid_surgery.addresses import At, Edge, Slice, as_sites
 from resid_surgery.errors import ArgumentError, InterventionError, SiteError
 from resid_surgery.models.prompts import Prompt
 from resid_surgery.sites import AttnNeuron, Bias, Constant, ExpertNeuron, HeadSource, Neuron, SharedNeuron, Site
@@ -26,6 +26,7 @@ from resid_surgery.surgery.arguments import (
     numbers,
     plain_align,
     plain_positions,
+    plain_token,
 )
 
 COEFFICIENTS = (Neuron, ExpertNeuron, SharedNeuron, AttnNeuron)
@@ -164,9 +165,7 @@ class Steer(Intervention):
         if vector is not None and (away is not None or times != 1.0):
             raise ArgumentError("`away` and `times` go with `toward`, not with a vector; multiply the vector itself.")
         tensor = None if vector is None else numbers("vector", vector)
-        for name, token in (("toward", toward), ("away", away)):
-            if token is not None and not isinstance(token, str) and _check.index_of(token) is None:
-                raise ArgumentError(_check.message(name, "a token's text or id", token))
+        toward, away = (plain_token(name, token) for name, token in (("toward", toward), ("away", away)))
         _put(self, sites, positions, vector=tensor, toward=toward, away=away, times=_check.finite("times", times))
 
     def _detail(self) -> str:
@@ -196,14 +195,20 @@ class Set(Intervention):
     values: tuple[tuple[Tensor, ...], ...] = ()
 
     def __init__(self, sites: Any, values: Any, *, positions: Positions = "target") -> None:
-        sites = as_sites(sites)
+        sites, positions = as_sites(sites), plain_positions(positions)
+        if positions == "all":
+            raise ArgumentError("`positions` of Set must be 'target', an index, a token's text or a list of them.")
         if not isinstance(values, (list, tuple)) or len(values) != len(sites):
             raise ArgumentError(_check.message("values", f"a list of one value for each of {len(sites)} sites", values))
-        many = not (isinstance(positions, str) or _check.index_of(positions) is not None)
+        many = isinstance(positions, tuple)
         if many and not all(isinstance(one, (list, tuple)) and len(one) == len(positions) for one in values):
             raise ArgumentError(_check.message("values", "a list of one value a position for each site", values))
         held = [tuple(numbers("values", v, low=0, high=2) for v in (one if many else [one])) for one in values]
         _put(self, sites, positions, values=tuple(held))
+
+    def _accept(self, site: Site) -> None:
+        if isinstance(site, Slice):
+            raise SiteError(f"`sites` of Set must be single sites, with a value each; got {site}.")
 
     def _detail(self) -> str:
         many = isinstance(self.positions, tuple)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from resid_surgery import _check
-from resid_surgery.addresses import At, Edge, expand
+from resid_surgery.addresses import At, Edge, Slice, expand
 from resid_surgery.errors import ArgumentError, InterventionError, SiteError, StaleRecordingError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import BoundPrompt, Prompt, bind, position_of, token_id
+from resid_surgery.models.taps import Tap
+from resid_surgery.models.tracing import forward
 from resid_surgery.sites import (
     AttnNeuron,
     Bias,
@@ -107,33 +109,45 @@ class Resolver:
     def _operations(self, one: Intervention) -> Iterator[Operation]:
         prompt, sizes = self.scene.prompt, self.scene.model.anatomy
         given, found = prompt.positions(one.positions), 0
-        for index, spec in enumerate(expand(one.sites, sizes, max(given))):
-            site, positions = (spec.site, prompt.positions(spec.position)) if isinstance(spec, At) else (spec, given)
-            site = self._resolved(site)
-            for at, position in enumerate(positions):
-                for nth, source in enumerate(self._sources(one, site, position)):
-                    found += 1
-                    yield self._operation(one, site, position, source, (index, at, nth))
+        for index, spec in enumerate(one.sites):
+            bare, positions = (spec.site, prompt.positions(spec.position)) if isinstance(spec, At) else (spec, given)
+            self._require_values(one, index, positions)
+            for site in map(self._resolved, expand([bare], sizes, max(positions))):
+                for at, position in enumerate(positions):
+                    sources = self._sources(one, site, position, many=isinstance(bare, Slice))
+                    for nth, source in enumerate(sources):
+                        found += 1
+                        yield self._operation(one, site, position, source, (index, at, nth, len(sources)))
         if not found:
             raise SiteError(f"{one.brief} operates on nothing: no site of it has a source up to its positions.")
+
+    def _require_values(self, one: Intervention, index: int, positions: Sequence[int]) -> None:
+        if isinstance(one, Set) and len(one.values[index]) != len(positions):
+            raise InterventionError(
+                f"{one.brief} has {len(one.values[index])} values for {one.sites[index]}, but is for {len(positions)} "
+                "different positions. Give one value a position."
+            )
 
     def _resolved(self, site: Site) -> Site:
         if site not in self._known:
             self._known[site] = canonical(site.resolve(self.scene.model.anatomy))
         return self._known[site]
 
-    def _sources(self, one: Intervention, site: Site, position: int) -> Sequence[int | None]:
+    def _sources(self, one: Intervention, site: Site, position: int, *, many: bool) -> Sequence[int | None]:
         """Positions of the writer that an edge has; [None] for what is no edge; nothing from the future."""
         if isinstance(site, Edge):
             return self._edge_sources(one, site, position)
         source = getattr(site, "source", None)
         if source is None or source <= position:
             return [None]
-        if one.positions == "all":
+        if one.positions == "all" or many:
             return []  # causal: there is nothing from a later source
-        if source >= len(self.scene.prompt.ids):
-            raise SiteError(f"`{site}` reads source position {source}, but {self.scene.model.name} was given "
-                            f"{len(self.scene.prompt.ids)} tokens.")  # fmt: skip
+        t, n = self.scene.prompt.position, len(self.scene.prompt.ids)
+        if position == t:
+            raise SiteError(
+                f"`{site}` reads source position {source}, but the predicting position is {t} ({n} tokens): sources "
+                f"are 0..{t}."
+            )
         raise SiteError(f"`{site}` has no source {source} at position {position}: attention is causal.")
 
     def _edge_sources(self, one: Intervention, edge: Edge, position: int) -> list[int | None]:
@@ -152,16 +166,16 @@ class Resolver:
         return found
 
     def _operation(
-        self, one: Intervention, site: Site, position: int, source: int | None, at: tuple[int, int, int]
+        self, one: Intervention, site: Site, position: int, source: int | None, at: tuple[int, int, int, int]
     ) -> Operation:
         self._require_readable(one, site, position)
         op = Operation(site, position, one, source=source)
         if isinstance(one, Scale):
-            op.factor = one.factor
+            op.factor = self._fits(one, one.factor)
         elif isinstance(one, Clamp):
             op.factor, op.value = 0.0, self._held(torch.tensor([one.value], dtype=torch.float64))
         elif isinstance(one, Set):
-            op.factor, op.value = 0.0, self._sized(one, site, one.values[at[0]][at[1]], at[2])
+            op.factor, op.value = 0.0, self._sized(site, one.values[at[0]][at[1]], at[2:])
         elif isinstance(one, Steer):
             op.steer = self._steer(one, site)
         elif isinstance(one, Attend):
@@ -180,13 +194,11 @@ class Resolver:
         rec = self.scene.rec
         scored = isinstance(site, Projection) or (isinstance(site, Edge) and site.side in ("query", "key"))
         layer: int | None = getattr(site.reader if isinstance(site, Edge) else site, "layer", None)
-        if scored and rec is not None and layer is not None:
-            attention = rec.layers[layer].attention
-            if attention is None or not attention.from_scores:
-                raise SiteError(
-                    f"`{site}` cannot be operated on in {rec.model.name}: layer {layer} gives its attention weights, "
-                    "not the queries and keys that they follow from."
-                )
+        if scored and layer is not None and not readable(self.scene.model, layer, site):
+            raise SiteError(
+                f"`{site}` cannot be operated on in {self.scene.model.name}: layer {layer} gives its attention "
+                "weights, not the queries and keys that they follow from."
+            )
         of_mixture = isinstance(site, Edge) and (
             isinstance(site.writer, (ExpertNeuron, SharedNeuron))
             or (isinstance(site.writer, Bias) and self.scene.model.block(site.writer.layer).mlp_kind == "experts")
@@ -203,17 +215,28 @@ class Resolver:
             assert rec is not None
             need_group(rec, neuron)
 
-    def _held(self, numbers: Tensor) -> Tensor:
-        return numbers.to(self.scene.model.device, self.scene.model.work_dtype)
+    def _fits(self, one: Intervention, number: float) -> float:
+        dtype = self.scene.model.dtype
+        if abs(number) > torch.finfo(dtype).max:
+            raise ArgumentError(f"{one.brief}: {number} is beyond what {dtype} holds.")
+        return number
 
-    def _sized(self, one: Set, site: Site, value: Tensor, nth: int) -> Tensor:
-        wide = width(self.scene, site)
-        if value.ndim == 2 and isinstance(site, Edge) and nth < len(value):
-            value = value[nth]  # an edge into keys or values: one addend a source
-        if value.numel() != wide:
+    def _held(self, numbers: Tensor) -> Tensor:
+        held = numbers.to(self.scene.model.device, self.scene.model.work_dtype)
+        if not bool(torch.isfinite(held.to(self.scene.model.dtype)).all()):
             raise ArgumentError(
-                _check.message(f"value of {site}", f"{wide} numbers", value.numel(), model=self.scene.model.name)
+                f"values must be numbers that {self.scene.model.dtype} holds; got {float(numbers.abs().max())}."
             )
+        return held
+
+    def _sized(self, site: Site, value: Tensor, nth: tuple[int, ...]) -> Tensor:
+        wide, (number, count) = width(self.scene, site), nth
+        shape = tuple(value.shape)
+        if value.ndim == 2 and isinstance(site, Edge) and len(value) == count:
+            value = value[number]  # an edge into keys or values: one addend a source
+        if value.ndim > 1 or value.numel() != wide:
+            must = f"{wide} numbers" + (f", or {count} times as many, one addend a source" if count > 1 else "")
+            raise ArgumentError(_check.message(f"value of {site}", must, f"shape {shape}", model=self.scene.model.name))
         return self._held(value.reshape(-1))
 
     def _steer(self, one: Steer, site: Site) -> Tensor:
@@ -327,6 +350,20 @@ def width(scene: Scene, site: Site) -> int:
             return int(one.query.shape[-1])
         return scene.model.anatomy.sizes[site.layer].d_head
     return scene.model.anatomy.d_model
+
+
+def readable(model: OpenedModel, layer: int, site: Site) -> bool:
+    """Whether queries and keys, or for ``V`` values, can be written where attention takes them in."""
+    kind = model.block(layer).mix.partition(":")[0]
+    if kind not in ("interface", "sdpa"):
+        return False
+    if isinstance(site, Projection) and site.side == "V":
+        return True
+    known = model.cache.setdefault("from_scores", {})
+    if layer not in known:
+        call = forward(model, model.probe_ids(), [Tap("attn_call", layer)], logits_at=[0])[Tap("attn_call", layer)]
+        known[layer] = call.from_scores
+    return bool(known[layer])
 
 
 def canonical(site: Site) -> Site:

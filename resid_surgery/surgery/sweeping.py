@@ -89,6 +89,8 @@ def sweep(
     _check.choice("frame", frame, FRAMES)
     if chunk is not None:
         _check.whole("chunk", chunk, 1)
+    if where is not None and not callable(where):
+        raise ArgumentError(_check.message("where", "None or a function of a row's coordinates", where))
     resolver = Resolver(Scene.of(rec))
     coordinates: list[dict[str, Any]] = []
     rows: list[Row] = []
@@ -253,10 +255,12 @@ def _coordinates(given: Mapping[Any, Any]) -> dict[str, Any]:
         raise ArgumentError(
             _check.message("coordinates", f"named by strings other than {', '.join(RESULTS)}", taken[0])
         )
-    odd = [value for value in given.values() if not isinstance(value, (str, int, float, bool, NoneType))]
+    plain = {name: value if (n := _check.index_of(value)) is None else n for name, value in given.items()}
+    odd = [value for value in plain.values() if not isinstance(value, (str, int, float, bool, NoneType))
+           or (isinstance(value, int) and abs(value) >= 2**63)]  # fmt: skip
     if odd:
         raise ArgumentError(_check.message("coordinates", "numbers, strings or None", odd[0]))
-    return dict(given)
+    return plain
 
 
 def coordinates_of(given: Sequence[Intervention], ops: RowOps) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from resid_surgery.sites import (
     Sublayer,
 )
 from resid_surgery.stream.records import attention_rows, gate_between, repeat_kv
-from resid_surgery.surgery.batches import Batch
+from resid_surgery.surgery.batches import Batch, Rows
 from resid_surgery.surgery.conflicts import Operation
 from resid_surgery.surgery.places import Placed, raw_part, set_weights, tap_of, waves_of
 from resid_surgery.surgery.reading import Reading
@@ -71,6 +71,7 @@ class Writing:
         self.experts_left: dict[tuple[int, int, ExpertNeuron], Tensor] = {}
         self.in_mixture: dict[tuple[int, int], dict[int, list[tuple[str, Tensor]]]] = {}
         self._reading: Reading | None = None
+        self.calls: dict[int, AttentionCall] = {}
 
     def place(self, row: int, op: Operation) -> None:
         """Add an operation of a row."""
@@ -253,6 +254,12 @@ class Writing:
         """Operate on queries, keys and values; what it does to noted positions is worked out from them."""
         before = replace(call, **{side: t.clone() for side in ("query", "key", "value")
                                   if (t := getattr(call, side)) is not None})  # fmt: skip
+        if isinstance(self.grid, Rows) and call.value.shape[2] != self.grid.keys:
+            raise InterventionError(
+                f"keys and values of layer {tap.layer} cannot be told apart: its cache holds {call.value.shape[2]} of "
+                f"{self.grid.keys} positions (a sliding window)."
+            )
+        self.calls[tap.layer] = call
         for wave in waves:
             side = wave[0][1].site.side  # type: ignore[attr-defined]
             held = {"Q": call.query, "K": call.key, "V": call.value}[side]

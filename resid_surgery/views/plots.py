@@ -92,12 +92,16 @@ def plot_grid(
         ArgumentError: matplotlib is not installed, or the table has no such columns.
     """
     pyplot = pyplot_module()
+    if not isinstance(table, pd.DataFrame):
+        raise ArgumentError(message("table", "a table from resid_surgery.sweep", type(table).__name__))
     if columns is None:
         options = [name for name in ("position", "head", "source", "index") if name in table and name != rows]
         columns = next((name for name in options if table[name].nunique() > 1), options[0] if options else "position")
     for name, column in (("value", value), ("rows", rows), ("columns", columns)):
         if column not in table:
             raise ArgumentError(message(name, "a column of the table: " + ", ".join(map(str, table.columns)), column))
+    if not pd.api.types.is_numeric_dtype(table[value]):
+        raise ArgumentError(message("value", "a column of numbers", value))
     cells = table.pivot_table(index=rows, columns=columns, values=value, aggfunc="mean").sort_index()
     values = cells.to_numpy(dtype=float)
     if ax is None:
