@@ -616,3 +616,13 @@ def test_packed_and_whole_rows_agree_in_half_precision(family):
         assert error <= 4 * torch.finfo(torch.bfloat16).eps * size, (name, error / size)
     wholes = [rs.intervene(rec, row).table["bs_after"][0] for row in given]
     assert full["bs_target"].tolist() == pytest.approx(wholes, abs=4 * torch.finfo(torch.bfloat16).eps * float(size))
+
+
+@pytest.mark.parametrize("family", ["falcon", "bloom", "gptj", "codegen", "gpt_neo", "mpt"])
+def test_attention_that_is_written_out_gives_the_same_rows_packed_or_not(family):
+    """Where packed attention gives other keys than it holds, or weights that do not give its mix, rows run whole."""
+    rec = rs.record(rs.load(rs.tiny(family)), rs.Prompt(ids=[5, 4, 3, 2, 9], target=1))
+    given = [rs.Zero("L1.H1<2"), rs.Attend("L0.H0<1", 0.4), rs.Zero("L1.H0.D1<0"), rs.Zero("L0.N3")]
+    given += [rs.Cut("L0.mlp", "L1.H1", side="value"), rs.Zero("L0.attn", positions=[2])]
+    for row, value in zip(given, rs.sweep(rec, given)["bs_target"], strict=True):
+        assert rs.intervene(rec, row).after.bs[1] == pytest.approx(value, abs=1e-5), str(row)

@@ -194,12 +194,15 @@ def _effects(rec: Recording) -> Iterator[Closure]:
                       float(effect.table["closure"].max()) / moved, tol)  # fmt: skip
         yield Closure("9", f"ledger sums to the measured change, {name}", None,
                       float(effect.ledger()["closure"].max()) / moved, tol)  # fmt: skip
-        alone = intervene_each(rec, [rows[name]], movers=3)[0]
+        again = intervene_each(rec, [rows[name]], movers=3)[0]
         yield Closure("9", f"a row of a batch = the same row alone, {name}", None,
-                      relative(effect.after.bs, alone.after.bs), 10 * tol)  # fmt: skip
-    table = sweep(rec, list(rows.values()), measure="bs", progress=False)
+                      relative(effect.after.bs, again.after.bs), 10 * tol)  # fmt: skip
+    sublayer = next(iter(rows["sublayer"].sites))
+    earlier = Zero(sublayer, positions=max(0, rec.prompt.position - 1))
+    table = sweep(rec, [*rows.values(), earlier], measure="bs", progress=False)
     found = torch.tensor(table["bs_target"].to_numpy())
-    wanted = torch.stack([effect.after.bs[rec.prompt.target] for effect in effects.values()]).cpu()
+    alone = [*effects.values(), intervene_each(rec, [earlier], movers=0)[0]]
+    wanted = torch.stack([effect.after.bs[rec.prompt.target] for effect in alone]).cpu()
     yield Closure("9", "rows of a sweep = the same rows alone", None,
                   relative(found, wanted, rec.bs_values.cpu()), 10 * tol)  # fmt: skip
     for site in neurons:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from resid_surgery._check import message
-from resid_surgery.addresses import At, Edge, expand
+from resid_surgery.addresses import At, Edge, Slice, expand
 from resid_surgery.errors import ArgumentError, InterventionError, PromptError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import BoundPrompt, Prompt, bind, token_text
@@ -74,8 +74,10 @@ class Altered:
         self._known: Known = {}
         self._fingerprint = model.known_fingerprint()
         for one in interventions:
-            for site in expand(one.sites, model.anatomy, 0 if model.context is None else model.context - 1):
-                (site.site if isinstance(site, At) else site).resolve(model.anatomy)
+            bare = [site.site if isinstance(site, At) else site for site in one.sites]
+            known = [site for site in bare if not (isinstance(site, Slice) and "<" in str(site))]  # else by the prompt
+            for site in expand(known, model.anatomy, 0):
+                site.resolve(model.anatomy)
             attends = [s for s in one.sites if isinstance(s, Edge) and s.side != "query" and _reads_back(s)]
             if attends and one.positions == "generated":
                 raise InterventionError(
@@ -257,7 +259,7 @@ class Altered:
 
         return write
 
-    def _ops(self, prompt: BoundPrompt, grid: Rows, only: tuple[str, ...] | None = None) -> tuple[Operation, ...]:
+    def _ops(self, prompt: BoundPrompt, grid: Rows) -> tuple[Operation, ...]:
         """The operations of one forward, of positions from grid.first on."""
         here = tuple(range(grid.first, grid.keys))
         placed: list[Intervention] = []

@@ -87,6 +87,11 @@ class Packed:
         """The first position of a row that is computed."""
         return self.firsts[row]
 
+    @property
+    def keys(self) -> int:
+        """How many keys there are."""
+        return self.cached + self.tokens
+
     def rows(self) -> Tensor:
         """(token,) which row each is of."""
         lengths = torch.tensor(self.starts).diff()

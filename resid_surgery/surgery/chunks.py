@@ -74,9 +74,7 @@ def run_chunk(frames: Frames, group: Sequence[Row]) -> Outcome:
     if _past(rec, frames, group, start):
         return _run_past(frames, group, start)
     cutting = Cutting.of(writing, [row.ops for row in group])
-    control = cutting.rows
-    if isinstance(grid, Packed):
-        grid.add(min(grid.firsts))
+    control = cutting.rows + _add_controls(grid)
     last = Tap("block_out", model.anatomy.n_layers - 1)
     sums = _sums(writing)
     operated = touched(writing, cutting)
@@ -85,7 +83,7 @@ def run_chunk(frames: Frames, group: Sequence[Row]) -> Outcome:
     values = _forward(frames, grid, control, reads, writing.writes(), start)
     writing.settle(values)
     cutting.settle(values)
-    final = _finals(frames, grid, values, control)
+    final = _finals(frames, grid, values, control, cutting.rows)
     check_fired(writing, cutting, values, None)
     _check_sums(writing, sums, values)
     mains = final[: len(group)]
@@ -111,13 +109,28 @@ def _forward(
         raise
 
 
-def _finals(frames: Frames, grid: Batch, values: Values, control: int) -> Tensor:
-    """Final streams of all rows; the last must be the recording's."""
+def _add_controls(grid: Batch) -> int:
+    """Rows that are left alone, last in the sequence: one from the predicting position on, which hangs on the cached
+    prefix as far away as any row does, and before it, where rows begin earlier, one of their longest span, which hangs
+    on its own tokens. A window, a bias by distance or a mask of the model's own that packing does not fit shows in
+    one of the two. Returns how many stand before the last."""
+    if not isinstance(grid, Packed):
+        return 0
+    low = min(grid.firsts)
+    if low < grid.last:
+        grid.add(low)
+    grid.add(grid.last)
+    return int(low < grid.last)
+
+
+def _finals(frames: Frames, grid: Batch, values: Values, control: int, first: int) -> Tensor:
+    """Final streams of all rows; those from `first` to `control` must be the recording's."""
     model, t = frames.model, frames.t
     b, s = grid.places(torch.arange(control + 1), torch.full((control + 1,), t))
     final = model.work(values[Tap("block_out", model.anatomy.n_layers - 1)][b, s])
     bs = model.work(values[Tap("bs")][-1, 0]) * model.anatomy.layout.logit_scale
-    _check_control(frames.rec, final[-1], bs)
+    for one in final[first:]:
+        _check_control(frames.rec, one, bs)
     if not bool(torch.isfinite(final).all()):
         raise InterventionError(
             f"an intervention of these rows makes the stream of {model.name} overflow (inf or NaN)."
@@ -155,7 +168,7 @@ def _run_past(frames: Frames, group: Sequence[Row], layer: int) -> Outcome:
     stream = (rec.work(stream) + added).to(stream.dtype)
     reads = [Tap("block_out", model.anatomy.n_layers - 1), Tap("bs")]
     values = _forward(frames, grid, len(group), reads, {}, layer + 1, stream)
-    final = _finals(frames, grid, values, len(group))[:-1]
+    final = _finals(frames, grid, values, len(group), len(group))[:-1]
     vectors = direct_of(rec, layer, "mlp", None, change[:-1], raw + change[:-1])
     return Outcome(model.norm(None, "final_norm")(final), _on_target(rec, vectors))
 

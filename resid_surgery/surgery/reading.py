@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from resid_surgery.errors import InterventionError
+from resid_surgery.errors import ClosureError, InterventionError
 from resid_surgery.models.attention import AttentionCall, ExpertsCall
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import bind
@@ -33,7 +33,7 @@ from resid_surgery.sites import (
     Sublayer,
 )
 from resid_surgery.stream.blocks import PostMap
-from resid_surgery.stream.recording import Recording, reach
+from resid_surgery.stream.recording import Recording, closure_tolerance, reach
 from resid_surgery.stream.records import attention_rows, gate_between
 from resid_surgery.stream.subvalues import attention_of, joint_parts, need_group, neuron_place
 from resid_surgery.surgery.arguments import Donor
@@ -49,12 +49,14 @@ class Reading:
 
     Attributes:
         model: whose. values: what was read, with all positions of `grid`, which says where rows lie, kept.
+        alphas: attention weights worked out so far. edited: some were set.
     """
 
     model: OpenedModel
     values: Values
     grid: Batch
     alphas: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    edited: bool = False
 
     def at(self, name: str, layer: int, row: int, position: int) -> Tensor:
         """One token's value at a tap, as it is now."""
@@ -68,7 +70,10 @@ class Reading:
             InterventionError: its keys are not all of the positions so far.
         """
         call: AttentionCall = self.values[Tap("attn_call", layer)]
-        if isinstance(self.grid, Rows) and call.value.shape[2] != self.grid.keys:
+        if not isinstance(self.grid, Rows):
+            if call.value.shape[2] != self.grid.keys:
+                raise ClosureError(f"layer {layer} of {self.model.name} does not give the values that its cache holds.")
+        elif call.value.shape[2] != self.grid.keys:
             raise InterventionError(
                 f"sources cannot be told apart in layer {layer} of {self.model.name}: its cache holds "
                 f"{call.value.shape[2]} of {self.grid.keys} positions (a sliding window)."
@@ -101,6 +106,27 @@ class Reading:
         b, _ = self.grid.place(row, self.grid.begins(row))
         kv = head // (size.n_heads // size.n_kv_heads)
         return call.value[b, kv, self.grid.key(row, source)]
+
+    def mixed(self, layer: int, head: int, row: int, position: int) -> Float[Tensor, " d_head"]:
+        """sum alpha v of a head, as worked out here."""
+        alpha, (b, _) = self.alpha(layer, row, position)[head], self.grid.place(row, position)
+        size = self.model.anatomy.sizes[layer]
+        return alpha @ self.call(layer).value[b, head // (size.n_heads // size.n_kv_heads)].to(alpha)
+
+    def require_mix(self, found: Tensor, layer: int, row: int, position: int, head: int) -> None:
+        """Attention weights count only if they give what attention mixed, in this run as in the recording.
+
+        Raises:
+            ClosureError: they do not.
+        """
+        b, s = self.grid.place(row, position)
+        mix = self.mixed(layer, head, row, position)
+        was = found[b, s].reshape(-1, len(mix))[head].to(mix)
+        size = max(1e-30, float(was.abs().max()), float(mix.abs().max()))
+        if not float((mix - was).abs().max()) / size <= 100 * closure_tolerance(self.model):
+            raise ClosureError(
+                f"the attention weights of layer {layer} of {self.model.name} do not give what it mixed in this run."
+            )
 
     def share(
         self, layer: int, head: int, source: int, row: int, position: int, z: Tensor | None = None

@@ -192,7 +192,7 @@ def _chunk(rec: Recording, waiting: Sequence[Row], frames: Frames, chunk: int | 
     for row in waiting:
         span = t + 1 - (row.first if frames.kind == "packed" else 0)
         rows, tokens, control = rows + row.size, tokens + row.size * span, max(control, span)
-        full = tokens + control > budget if chunk is None else rows > chunk
+        full = tokens + control + 1 > budget + (control == 1) if chunk is None else rows > chunk
         deeper = bool(group) and row.start != group[-1].start  # its chunk can begin later
         if group and (full or (deeper and chunk is None and 2 * tokens > budget)):
             break

@@ -201,9 +201,10 @@ class Writing:
         keys = [(row, op.position, layer, op.site.head, op.site.source) for row, op in wave]  # type: ignore[attr-defined]
         for key in keys:
             if key not in self.shares:
+                if not (reading.edited or self.extra.get(tap) or self.model.block(layer).gated):
+                    reading.require_mix(self.found[tap], layer, *key[:2], key[3])
                 row, position, _, head, source = key  # as it is in this run, before operations on it
-                z = self.found[Tap("attn_z", layer)]
-                self.shares[key] = reading.share(layer, head, source, row, position, z).to(value)
+                self.shares[key] = reading.share(layer, head, source, row, position, self.found[tap]).to(value)
         held = torch.stack([self.shares[key] for key in keys])
         whole = not isinstance(wave[0][1].site, AttnNeuron)
         n = torch.arange(len(wave))
@@ -229,11 +230,14 @@ class Writing:
             rows.setdefault((row, op.position, op.site.head), []).append(op)  # type: ignore[attr-defined]
         for (row, position, head), ops in rows.items():
             alpha = reading.alpha(layer, row, position)
+            if tap not in self.extra:
+                reading.require_mix(value, layer, row, position, head)
             new = set_weights(alpha[head], ops, lambda j, row=row: self.grid.key(row, j))
             b, _ = self.grid.place(row, position)
             values = repeat_kv(reading.call(layer).value[b], len(alpha))[head].to(alpha)
             delta = torch.zeros_like(alpha[:, :1]).expand(-1, values.shape[-1]).clone()
             delta[head] = (new - alpha[head]) @ values
+            reading.edited = True
             reading.alphas[layer, row, position] = torch.cat([alpha[:head], new[None], alpha[head + 1 :]])
             self.mix_in(tap, value, row, position, delta)
 
@@ -340,7 +344,8 @@ class Writing:
         deltas, chosen = work(after[kept]) - work(before[kept]), [wave[i] for i in kept]
         through = {"coef": "mlp_out", "shared_coef": "shared_out", "attn_z": "attn_out"}.get(tap.name)
         if through is not None:
-            deltas = _through(deltas, chosen, work(self._written_rows(tap, through, chosen)))
+            rows = work(self._written_rows(tap, through, chosen))
+            deltas = torch.einsum("nw,nwd->nd", deltas.reshape(len(chosen), -1), rows)
         for (row, op), delta in zip(chosen, deltas, strict=True):
             if tap.name in ("experts_out", "shared_coef"):  # their weight in the mixture is known after the run
                 kind = tap.name.partition("_")[0]
@@ -392,8 +397,3 @@ class Writing:
                 for kind, vector in self.in_mixture[key][layer]:
                     self.note_raw(layer, "mlp", *key, vector * (shared if kind == "shared" else routed))
         self.in_mixture.clear()
-
-
-def _through(deltas: Tensor, wave: Placed, rows: Tensor) -> Tensor:
-    """(n, d_model) what changes of coordinates write, rows being (n, width, d_model)."""
-    return torch.einsum("nw,nwd->nd", deltas.reshape(len(wave), -1), rows)
