@@ -291,7 +291,7 @@ def test_a_planted_wrong_alpha_is_seen(monkeypatch):
 
     monkeypatch.setattr(reading, "attention_rows", forgetful)
     for op in (rs.Zero("L1.H1<2"), rs.Attend("L1.H1<2", 0.5)):
-        with pytest.raises(rs.ClosureError, match="attention weights of layer 1 .* do not give what it mixed"):
+        with pytest.raises(rs.ClosureError, match=r"attention weights of layer 1 .* do not give what it mixed"):
             rs.intervene(rec, op)
 
 
