@@ -8,7 +8,7 @@ from tiny import FAMILIES, VOCAB, shared
 
 import resid_surgery as rs
 from resid_surgery.sites import CONSTANTS, Site
-from resid_surgery.stream.subvalues import neuron_site
+from resid_surgery.stream.kinds import neuron_site
 
 families = st.sampled_from(FAMILIES)
 dtypes = st.sampled_from([torch.float64, torch.float32])

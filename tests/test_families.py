@@ -21,7 +21,7 @@ from resid_surgery.evidence.families import STATUSES, families_markdown, feature
 from resid_surgery.models.calls import misfit
 from resid_surgery.models.ends import solve, weighted_sum
 from resid_surgery.models.zoo import causal_types, loud, tiny
-from resid_surgery.stream.subvalues import neuron_site
+from resid_surgery.stream.kinds import neuron_site
 
 VERIFIED = """
 afmoe apertus arcee aria_text beam biogpt bitnet bloom codegen cohere cohere2 cohere2_moe cohere_compass_text

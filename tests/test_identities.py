@@ -11,7 +11,7 @@ from strategies import dtypes, families, prompts, recordings
 from tiny import FAMILIES, VOCAB, build, shared
 
 import resid_surgery as rs
-from resid_surgery.attribution.scores import States, logsumexp_
+from resid_surgery.attribution.states import States, logsumexp_
 from resid_surgery.stream.blocks import sum_of
 from resid_surgery.stream.closing import closures, probe
 from resid_surgery.stream.recording import closure_tolerance

@@ -8,11 +8,21 @@ from strategies import dtypes, families, prompts
 from tiny import FAMILIES, build, shared
 
 import resid_surgery as rs
-from resid_surgery.attribution.bounds import UpperBounds
-from resid_surgery.attribution.locating import _Search, rank
-from resid_surgery.attribution.scores import States, evaluate_block, places_of
+from resid_surgery.attribution.bounds import Bounds
+from resid_surgery.attribution.searching import Search, rank
+from resid_surgery.attribution.states import States
 from resid_surgery.stream.blocks import stored
-from resid_surgery.stream.subvalues import KINDS
+from resid_surgery.stream.subvalues import KINDS, candidates
+
+
+def places_of(rec, kind, layers):
+    return [(layer, part, block) for layer in layers for part, block in candidates(rec, kind, layer)]
+
+
+def evaluate_block(states, state, block, members):
+    values = states.evaluate(torch.full((len(members),), state), block.vectors(members))
+    return values if block.zero is None else values.masked_fill(block.zero[members], 0.0)
+
 
 norms = st.sampled_from(["frozen", "own"])
 kinds = st.sampled_from(KINDS)
@@ -23,11 +33,11 @@ def test_the_bound_is_never_below_the_score(family, dtype, prompt, kind, norm):
     rec = rs.record(shared(family, dtype), prompt)
     blocks = list(places_of(rec, kind, range(rec.model.anatomy.n_layers)))
     states = States.of(rec, [(i, part) for i, part, _ in blocks], own=norm == "own")
-    upper = UpperBounds(rec, states)
+    upper = Bounds(rec, states)
     for layer, part, block in blocks:
         state = states.index[layer, part]
         exact = evaluate_block(states, state, block, torch.arange(block.count))
-        assert bool((exact <= upper.of(block, state)).all())
+        assert bool((exact <= upper.upper(block, state)).all())
 
 
 @given(families, dtypes, prompts(), kinds, norms, st.integers(1, 30), st.booleans(), st.data())
@@ -53,7 +63,9 @@ def test_the_certificate_saves_most_evaluations_and_says_so():
     assert found.proof == "certificate"
     assert found.evaluations < found.candidates / 4
     assert f"{found.evaluations} exact evaluations" in repr(found)
-    assert rs.locate(rec, k=5, worst=True).proof == "exhaustive"
+    assert rs.locate(rec, k=5, worst=True).proof == "certificate"
+    assert rs.locate(rec, k=5, score="bs_target").proof == "linear"
+    assert rs.locate(rec, k=5, score="target_rank").proof == "exhaustive"
 
 
 def test_equal_neurons_tie_and_go_by_index():
@@ -125,10 +137,10 @@ def test_the_bound_holds_where_a_soft_cap_bends_hard(seed, prompt, kind, norm, c
     rec = rs.record(bent(seed, cap), prompt)
     blocks = list(places_of(rec, kind, range(3)))
     states = States.of(rec, [(i, part) for i, part, _ in blocks], own=norm == "own")
-    upper = UpperBounds(rec, states)
+    upper = Bounds(rec, states)
     for layer, part, block in blocks:
         exact = evaluate_block(states, states.index[layer, part], block, torch.arange(block.count))
-        assert bool((exact <= upper.of(block, states.index[layer, part])).all())
+        assert bool((exact <= upper.upper(block, states.index[layer, part])).all())
 
 
 def bent(seed, cap):
@@ -141,46 +153,35 @@ def test_without_its_curvature_term_the_capped_bound_is_wrong(monkeypatch):
         rec = rs.record(bent(seed, 0.3), rs.Prompt(ids=[5, 4, 3], target=1))
         blocks = list(places_of(rec, "layer", range(3)))
         states = States.of(rec, [(i, part) for i, part, _ in blocks], own=False)
-        upper = UpperBounds(rec, states)
+        upper = Bounds(rec, states)
         upper.curve = torch.zeros_like(upper.curve)
         for layer, part, block in blocks:
             i = states.index[layer, part]
-            broken += int((evaluate_block(states, i, block, torch.arange(block.count)) > upper.of(block, i)).sum())
+            broken += int((evaluate_block(states, i, block, torch.arange(block.count)) > upper.upper(block, i)).sum())
     assert broken > 0
 
 
-class Listed:
-    """A block and its states in one, with given scores: the search alone is under test."""
-
-    def __init__(self, scores):
-        self.scores, self.count, self.zero, self.chunk = scores, len(scores), None, 7
-        self.index, self.bs = {(0, "mlp"): 0}, scores
-
-    def vectors(self, members):
-        return members[:, None].double()
-
-    def evaluate(self, which, vectors):
-        return self.scores[vectors[:, 0].long()]
+def search_of(n):
+    known, floors = torch.full((n,), torch.nan, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
+    return Search(known, floors, 8 * torch.finfo(torch.float64).eps)
 
 
 @given(st.lists(st.tuples(st.integers(-6, 6), st.floats(0, 8)), min_size=1, max_size=40), st.integers(1, 40))
 def test_the_search_is_exact_for_any_scores_and_any_valid_bounds(pairs, k):
     scores = torch.tensor([float(c) for c, _ in pairs], dtype=torch.float64)
     bounds = scores + torch.tensor([b for _, b in pairs], dtype=torch.float64) + 1e-12
-    listed = Listed(scores)
-    search = _Search([(0, "mlp", listed)], listed)
+    search = search_of(len(pairs))
     k = min(k, len(pairs))
     expected = sorted(range(len(pairs)), key=lambda i: (-pairs[i][0], i))[:k]
-    assert search.certified(k, bounds) == expected
+    assert search.certified(k, bounds, lambda numbers: scores[numbers]) == expected
     assert search.evaluations <= len(pairs)
 
 
 def test_one_last_candidate_is_still_evaluated():
     scores = torch.tensor([5.0, 4.0, 3.0, 2.5, 3.5], dtype=torch.float64)
-    listed = Listed(scores)
-    search = _Search([(0, "mlp", listed)], listed)
     bounds = torch.tensor([9.0, 8.0, 7.0, 2.6, 3.6], dtype=torch.float64)
-    assert search.certified(3, bounds) == [0, 1, 4]
+    search = search_of(5)
+    assert search.certified(3, bounds, lambda numbers: scores[numbers]) == [0, 1, 4]
     assert search.evaluations == 4
 
 
@@ -217,7 +218,7 @@ def test_the_own_norm_bound_survives_a_vector_that_nearly_cancels_the_stream(fam
     x = states.x[0]
     v = -(1 - left) * x + 0.1 * left * torch.randn(200, 24, generator=generator) * x.norm() / 5
     block = stored("attn", 1, v, [rs.Sublayer(1, "attn")] * 200)
-    upper = UpperBounds(rec, states).of(block, 0)
+    upper = Bounds(rec, states).upper(block, 0)
     assert bool((states.evaluate(torch.zeros(200, dtype=torch.long), v) <= upper).all())
 
 

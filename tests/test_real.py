@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import resid_surgery as rs
-from resid_surgery.attribution.bounds import UpperBounds
-from resid_surgery.attribution.scores import States, evaluate_block, places_of
+from resid_surgery.attribution.bounds import Bounds
+from resid_surgery.attribution.states import States
+from resid_surgery.stream.kinds import neuron_block
 
 pytestmark = pytest.mark.real
 
@@ -56,15 +57,22 @@ def test_scores_bounds_and_zero_are_right_over_a_vocabulary_of_49152(smollm2):
     rec = rs.record(smollm2, prompt)
     for layer in (2, 20, 27):
         for norm in ("frozen", "own"):
-            blocks = list(places_of(rec, "neuron", [layer]))
+            block = neuron_block(rec, layer)
             states = States.of(rec, [(layer, "mlp")], own=norm == "own")
             assert float(states.p.sum(0, dtype=torch.float64) - 1) == pytest.approx(0, abs=1e-6)
             assert float(states.evaluate(torch.tensor([0]), torch.zeros(1, 576))) == 0.0
-            exact = evaluate_block(states, 0, blocks[0][2], torch.arange(0, 1536, 3))
-            upper = UpperBounds(rec, states).of(blocks[0][2], 0)[::3]
-            assert bool((exact <= upper).all())
+            table = rs.scores(rec, layers=[layer], norm=norm)
+            exact = torch.tensor(table["log_prob_increase"].to_numpy()).float()[::3]
+            bounds = Bounds(rec, states)
+            bounds.ranges.prepare([block])
+            assert bool((exact <= bounds.upper(block, 0)[::3]).all())
+            assert bool((exact >= bounds.lower(block, 0)[::3]).all())
+            some = block.vectors(torch.arange(0, 1536, 3))
+            assert states.evaluate(torch.zeros(512, dtype=torch.long), some).tolist() == pytest.approx(
+                exact.tolist(), abs=2e-6
+            )
             best = int(exact.argmax())
-            v = blocks[0][2].vectors(torch.tensor([3 * best])).double()
+            v = block.vectors(torch.tensor([3 * best])).double()
             x = states.x.double()
             truth = [log_p(rec, x, norm), log_p(rec, x + v, norm)]
             assert float(exact[best]) == pytest.approx(truth[1] - truth[0], abs=1e-5)

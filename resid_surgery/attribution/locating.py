@@ -1,14 +1,15 @@
-"""Locating: the best k subvalues by log-prob increase, exact and proven.
+"""Locating: the best or worst k subvalues by a score, exact and proven.
 
-1. Bound every candidate from above (`bounds`): O(d_model) each.
-2. Evaluate candidates exactly in descending order of the bound.
-3. Stop when the k-th best exact score exceeds every remaining bound. What was never evaluated
-   cannot belong to the top k: the answer is the exhaustive one, and `evaluations` says at what cost.
+1. Bound every candidate (`bounds`): O(d_model) each; from above for the best, from below for the worst.
+2. Evaluate candidates exactly in the order of their bounds.
+3. Stop when the k-th exact score beats every remaining bound. What was never evaluated
+   cannot belong to the answer: it is the exhaustive one, and `evaluations` says at what cost.
 
+Linear scores are known for all candidates by one matrix-vector product; ranks are streamed through the vocabulary.
 Scores that differ by less than rounding are ties; ties go by (layer, attention before MLP, index).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -17,15 +18,22 @@ import torch
 from torch import Tensor
 
 from resid_surgery import _check
-from resid_surgery.attribution.bounds import UpperBounds
-from resid_surgery.attribution.scores import States, check_query, need_places
-from resid_surgery.errors import ArgumentError
+from resid_surgery._progress import progress as progress_bar
+from resid_surgery.attribution.catalogue import Score, check_scores
+from resid_surgery.attribution.queries import Query, need_competitors, versus_of
+from resid_surgery.attribution.scores import LONG, best_first
+from resid_surgery.attribution.scoring import Increase, Rank, Scorer, Streamed, scorer
+from resid_surgery.attribution.searching import Search
+from resid_surgery.attribution.streaming import stream
+from resid_surgery.errors import ArgumentError, ResidSurgeryError
+from resid_surgery.models.opening import OpenedModel
+from resid_surgery.models.prompts import BoundPrompt, Prompt, bind
 from resid_surgery.sites import Site
-from resid_surgery.stream.blocks import Block, Numbering
-from resid_surgery.stream.recording import Recording, need_recording
+from resid_surgery.stream.blocks import Numbering
+from resid_surgery.stream.recording import Recording, need_model, need_recording, record
+from resid_surgery.stream.subvalues import KINDS
 from resid_surgery.stream.tables import bs_columns
-
-SCORES = ("log_prob_increase",)
+from resid_surgery.stream.vocabulary import Readout
 
 
 @final
@@ -34,11 +42,12 @@ class Located:
     """The subvalues that `locate` found.
 
     Attributes:
-        table: rank, site, kind, layer, log_prob_increase (nats), bs_target and bs_versus_* (logits,
+        table: rank, site, kind, layer, the score under its name, bs_target and bs_versus_* (logits,
             frozen norm), norm, position.
-        sites: the sites, best first. evaluations: exact evaluations that the proof took.
-        candidates: how many there were. proof: "certificate" or "exhaustive".
-        fingerprint: of the weights.
+        sites: the sites, best first. evaluations: exact evaluations (passes over the vocabulary) that the
+            proof took. candidates: how many there were.
+        proof: "certificate", "linear" or "exhaustive". score: its name. worst: the worst instead of the best.
+        fingerprint: of the weights. prompt: that was recorded.
     """
 
     table: pd.DataFrame
@@ -46,12 +55,16 @@ class Located:
     evaluations: int
     candidates: int
     proof: str
+    score: str
+    worst: bool
     fingerprint: str
+    prompt: BoundPrompt
 
     def __repr__(self) -> str:
         shown = ", ".join(str(s) for s in self.sites[:5]) + (", ..." if len(self.sites) > 5 else "")
+        way = "" if self.score == "log_prob_increase" else f" by {self.score}"
         return (
-            f"Located({len(self.sites)} of {self.candidates} candidates: {shown}; "
+            f"Located({len(self.sites)} of {self.candidates} candidates{way}: {shown}; "
             f"{self.evaluations} exact evaluations, {self.proof})"
         )
 
@@ -65,144 +78,229 @@ def locate(
     worst: bool = False,
     norm: str = "frozen",
     layers: Any = None,
+    versus: Any = None,
+    progress: bool | None = None,
 ) -> Located:
-    """The exact best k subvalues by log-prob increase, with proof (paper: value neurons/subvalues).
+    """The exact best k subvalues by a score, with proof (paper: value neurons/subvalues).
 
-    C(v, x) = log p(w, x + v) - log p(w, x), nats; see `scores` for the conventions. The best k are
-    proven by an upper certificate, so only a little more than k of all candidates are evaluated.
-    The worst k are found by evaluating all of them, and `proof` says so.
+    By log-prob increase (the default) the answer is proven by certificates, so that only a little more than k
+    candidates are evaluated; see `describe_scores` for the others. The worst k need a table of what value vectors
+    span, which is computed once per model (half a minute for 46,080 neurons) and kept in the cache folder.
 
     Args:
         rec: a recording. k: how many; at most all candidates.
-        kind: "neuron", "head", "head_source", "attn_neuron" or "layer".
-        score: "log_prob_increase". worst: the most harmful instead of the most helpful.
+        kind: "neuron", "head", "head_source", "attn_neuron", "attn_neuron_source" or "layer".
+        score: its name. worst: the worst by the score instead of the best.
         norm: "frozen" or "own". layers: None for all, or some.
+        versus: competitors of "bs_difference" and "contrast", if other than the prompt's.
+        progress: a bar on stderr for exhaustive passes; None shows it on a terminal.
 
     Returns:
-        `Located`, best first (with `worst`, the most negative first).
+        `Located`, best first (with `worst`, the worst first).
 
     Raises:
-        ArgumentError: unknown kind, score, norm or layer; k out of range.
+        ArgumentError: unknown kind, score, norm or layer; no competitors; k out of range.
         StaleRecordingError: the weights changed since the recording.
 
-    Source: Yu & Ananiadou, arXiv 2312.12141; certificate: Jensen's inequality, see `bounds`.
+    Source: Yu & Ananiadou, arXiv 2312.12141; certificates: see `bounds`.
     """
-    _check.choice("score", score, SCORES)
-    picked = check_query(rec, kind, norm, layers)
+    wanted = _one_score(score, norm)
+    _check_worst(worst)
+    _check.whole("k", k, 1)
+    query = Query.of(rec, kind, norm, layers, versus)
+    need_competitors(rec.model, [wanted], query.versus)
+    total = query.count
+    _check.whole("k", k, 1, total, model=rec.model.name, do=f"There are {total} candidates of kind '{kind}'.")
+    need_recording(rec)
+    return _located(scorer(query, wanted), k, worst=worst, shown=progress)
+
+
+def locate_each(
+    model: OpenedModel,
+    prompts: Iterable[Prompt],
+    *,
+    k: int = 10,
+    kind: str = "neuron",
+    score: str = "log_prob_increase",
+    worst: bool = False,
+    norm: str = "frozen",
+    layers: Any = None,
+    versus: Any = None,
+    progress: bool | None = None,
+) -> Iterator[Located]:
+    """`locate` on prompt after prompt, as they come: one recording at a time is held, whatever their number.
+
+    All prompts are bound to the model, and refused if need be, before the first forward runs.
+
+    Args:
+        model: from `resid_surgery.load`. prompts: any number of them. progress: a bar on stderr; None shows it
+            on a terminal. The rest: as in `locate`.
+
+    Yields:
+        `Located`, one a prompt, in order.
+
+    Raises:
+        PromptError: a prompt cannot be used; it is named. ArgumentError: as `locate`.
+    """
+    need_model(model)
+    wanted = _one_score(score, norm)
+    _check.choice("kind", kind, KINDS)
+    _check.whole("k", k, 1)
+    _check.layers(layers, model.anatomy.n_layers, model=model.name)
+    _check_worst(worst)
+    bound = _bound(model, prompts)
+    for one in bound:
+        need_competitors(model, [wanted], versus_of(model, one, versus))
+    return _each(model, bound, k, kind, wanted, worst, norm, layers, versus, progress)
+
+
+def _each(
+    model: OpenedModel,
+    bound: list[BoundPrompt],
+    k: int,
+    kind: str,
+    wanted: Score,
+    worst: bool,
+    norm: str,
+    layers: Any,
+    versus: Any,
+    progress: bool | None,
+) -> Iterator[Located]:
+    targets = tuple(dict.fromkeys(one.target for one in bound))
+    with progress_bar("locating", len(bound), shown=progress if progress is not None else len(bound) > 1) as step:
+        for one in bound:
+            rec = record(model, one.source)
+            query = Query.of(rec, kind, norm, layers, versus)
+            query.also = targets  # ranks of all targets are counted in one pass
+            _check.whole("k", k, 1, query.count, model=model.name)
+            yield _located(scorer(query, wanted), k, worst=worst, shown=progress)
+            step(one.names[one.target])
+
+
+def locate_many(model: OpenedModel, prompts: Iterable[Prompt], **options: Any) -> pd.DataFrame:
+    """`locate` on a set of prompts, as one table; memory does not grow with what a recording holds.
+
+    Args:
+        model: from `resid_surgery.load`. prompts: any number of them; all are checked before the first forward.
+        options: those of `locate_each`, which gives the same one prompt at a time.
+
+    Returns:
+        Columns: prompt (its number), text (or ids), target, then those of `Located.table`, and evaluations,
+        candidates, proof.
+
+    Raises:
+        PromptError: a prompt cannot be used; it is named. ArgumentError: as `locate`.
+
+    Example:
+        >>> import resid_surgery as rs
+        >>> prompts = [rs.Prompt(ids=[5, 4, 3], target=1), rs.Prompt(ids=[9, 8], target=2)]
+        >>> rs.locate_many(rs.load(rs.tiny("llama")), prompts, k=2)["prompt"].tolist()
+        [0, 0, 1, 1]
+    """
+    frames = []
+    for number, found in enumerate(locate_each(model, prompts, **options)):
+        source = found.prompt.source
+        said = source.text if source.text is not None else " ".join(map(str, found.prompt.ids))
+        named: dict[str, Any] = {"prompt": number, "text": said, "target": found.prompt.names[found.prompt.target]}
+        table = found.table.copy()
+        for at, (name, value) in enumerate(named.items()):
+            table.insert(at, name, value)
+        table["evaluations"], table["candidates"], table["proof"] = found.evaluations, found.candidates, found.proof
+        frames.append(table)
+    return pd.concat(frames, ignore_index=True)
+
+
+def _one_score(given: Any, norm: Any) -> Score:
+    if not isinstance(given, str) or given == "all":
+        raise ArgumentError(_check.message("score", "one score's name", given, do="rs.scores takes several."))
+    return check_scores([given], norm)[0]
+
+
+def _check_worst(worst: Any) -> None:
     if not isinstance(worst, bool):
         raise ArgumentError(_check.message("worst", "True or False", worst))
-    _check.whole("k", k, 1)
-    need_recording(rec)
-    blocks = need_places(rec, kind, picked)
-    total = sum(block.count for _, _, block in blocks)
-    _check.whole("k", k, 1, total, model=rec.model.name, do=f"There are {total} candidates of kind '{kind}'.")
-    states = States.of(rec, [(layer, part) for layer, part, _ in blocks], own=norm == "own")
-    search = _Search(blocks, states)
-    if worst:
-        chosen = search.exhaustive(k)
+
+
+def _bound(model: OpenedModel, prompts: Any) -> list[BoundPrompt]:
+    """Every prompt, bound; what is wrong with one is said with its number."""
+    if isinstance(prompts, (Prompt, str, bytes)) or not isinstance(prompts, Iterable):
+        raise ArgumentError(_check.message("prompts", "a sequence of prompts", prompts))
+    bound = []
+    for number, one in enumerate(prompts):
+        try:
+            bound.append(bind(one, model.tokenizer, model))
+        except ResidSurgeryError as error:
+            raise type(error)(f"prompt {number}: {error}") from error
+    if not bound:
+        raise ArgumentError(_check.message("prompts", "at least one prompt", list(bound)))
+    return bound
+
+
+def _located(scored: Scorer, k: int, *, worst: bool, shown: bool | None = None) -> Located:
+    query, rec, sign = scored.query, scored.rec, best_first(scored.score, worst=worst)
+    numbering = Numbering(scored.blocks)
+    counts = [block.count for block in scored.blocks]
+    eps = 8 * torch.finfo(rec.model.work_dtype).eps
+    floors = torch.cat([torch.full((n,), scored.floor(b)) for b, n in enumerate(counts)]).double()
+    if isinstance(scored, Increase):
+        if scored.removed != (sign < 0):
+            scored.need_ranges()
+        known = torch.cat([_zeros(scored, b) for b in range(len(counts))]) * sign
+        bounds = torch.cat([scored.bounds(b, below=sign < 0) for b in range(len(counts))]).cpu().double() * sign
+        search = Search(known, floors, eps)
+        chosen = search.certified(k, bounds, lambda numbers: sign * scored.evaluate(numbers).cpu().double())
+        evaluations = search.evaluations
     else:
-        upper = UpperBounds(rec, states)
-        bounds = [upper.of(block, states.index[layer, part]) for layer, part, block in blocks]
-        chosen = search.certified(k, torch.cat(bounds))
+        with progress_bar("locating", query.count, shown=shown is not False and query.count > LONG) as step:
+            found, evaluations = _everything(scored, step)
+        search = Search(found * sign, floors, eps)
+        chosen = search.first(k)
+    values = (search.known[chosen] * sign).tolist()
     return Located(
-        table=_table(rec, search, chosen, norm),
-        sites=tuple(search.numbering.site(i) for i in chosen),
-        evaluations=search.evaluations,
-        candidates=total,
-        proof="exhaustive" if worst else "certificate",
+        table=_table(scored, numbering, chosen, values),
+        sites=tuple(numbering.site(i) for i in chosen),
+        evaluations=evaluations,
+        candidates=len(numbering),
+        proof=scored.score.search,
+        score=scored.score.name,
+        worst=worst,
         fingerprint=rec.fingerprint,
+        prompt=rec.prompt,
     )
 
 
-@final
-class _Search:
-    """Candidates of all blocks under one numbering, in tie order, with the scores known so far."""
-
-    def __init__(self, blocks: Sequence[tuple[int, str, Block]], states: States) -> None:
-        self.places = [(layer, part) for layer, part, _ in blocks]
-        self.numbering, self.states = Numbering([block for _, _, block in blocks]), states
-        self.state_of = torch.tensor([states.index[place] for place in self.places])
-        self.known = torch.full((len(self.numbering),), torch.nan, dtype=states.bs.dtype)
-        counts = [block.count for _, _, block in blocks]
-        for (_, _, block), known in zip(blocks, torch.split(self.known, counts), strict=True):
-            if block.zero is not None:  # C(0) = 0, no evaluation needed
-                known[block.zero.cpu()] = 0.0
-        self.evaluations = 0
-
-    def evaluate(self, numbers: Tensor) -> None:
-        """Exact scores of candidates by number."""
-        which = self.state_of[self.numbering.home(numbers)]
-        self.known[numbers] = self.states.evaluate(which, self.numbering.vectors(numbers)).cpu()
-        self.evaluations += len(numbers)
-
-    def certified(self, k: int, bounds: Tensor) -> list[int]:
-        """The best k, evaluating in descending order of the bound until the rest is ruled out."""
-        bounds = bounds.cpu()
-        order = torch.argsort(bounds, descending=True, stable=True)
-        order = order[self.known[order].isnan()]
-        done, step = 0, k + k // 8  # a few more than k at once: a second product would cost more
-        while done < len(order):
-            self.evaluate(order[done : done + step])
-            done = min(done + step, len(order))
-            best = self.known[~self.known.isnan()]
-            if done < len(order) and len(best) >= k:
-                threshold = best.topk(k).values[-1]
-                # a bound that only ties the k-th best may still win the tie: keep going on equality
-                step = int((bounds[order[done:]] >= threshold - 2 * _tie_width(threshold)).sum())
-                if step == 0:
-                    break
-                step = min(step, 64)
-        return self._first(k, descending=True)
-
-    def exhaustive(self, k: int) -> list[int]:
-        """The worst k, evaluating every candidate."""
-        for numbers in torch.split(torch.nonzero(self.known.isnan())[:, 0], self.states.chunk):
-            self.evaluate(numbers)
-        return self._first(k, descending=False)
-
-    def _first(self, k: int, *, descending: bool) -> list[int]:
-        numbers = torch.nonzero(~self.known.isnan())[:, 0]
-        if len(numbers) > 2 * k:  # ties with the k-th stay in
-            edge = self.known[numbers].topk(k, largest=descending).values[-1]
-            sign = 1 if descending else -1
-            numbers = numbers[sign * self.known[numbers] >= sign * edge - 2 * _tie_width(edge)]
-        return [int(numbers[i]) for i in rank(self.known[numbers], descending=descending)[:k]]
+def _zeros(scored: Increase, b: int) -> Tensor:
+    """What is known of block b without evaluation: nan, and the score of nothing where the addend is zero."""
+    block = scored.blocks[b]
+    known = torch.full((block.count,), torch.nan, dtype=torch.float64)
+    return known if block.zero is None else known.masked_fill(block.zero.cpu(), scored.nothing)
 
 
-def rank(values: Tensor, *, descending: bool = True) -> list[int]:
-    """Indices in order of value; values within rounding of the first of their run are ties, by index."""
-    order = torch.argsort(values, descending=descending, stable=True)
-    ordered, widths = values[order].tolist(), _tie_width(values[order]).tolist()
-    runs, first, number = [], 0, 0
-    for i, value in enumerate(ordered):
-        if abs(value - ordered[first]) > widths[first]:
-            first, number = i, number + 1
-        runs.append(number)
-    return [i for _, i in sorted(zip(runs, order.tolist(), strict=True))]
+def _everything(scored: Scorer, step: Any) -> tuple[Tensor, int]:
+    """Every candidate's score, and how many passes over the vocabulary that took."""
+    found, evaluations = [], 0
+    for b, block in enumerate(scored.blocks):
+        cached = not isinstance(scored, Streamed) or (isinstance(scored, Rank) and scored.known(b) is not None)
+        (values,) = stream([scored], b, step)
+        found.append(values.double().cpu())
+        evaluations += 0 if cached else block.count // block.per_row
+    return torch.cat(found), evaluations
 
 
-def _tie_width(value: Tensor) -> Tensor:
-    """Scores closer than this are the same number up to rounding."""
-    return 8 * torch.finfo(value.dtype).eps * (1 + value.abs())
-
-
-def _table(rec: Recording, search: _Search, chosen: list[int], norm: str) -> pd.DataFrame:
-    numbering = search.numbering
-    blocks = [numbering.place(i)[0] for i in chosen]
-    directions = search.states.readout.directions(rec.prompt.readouts)
-    vectors = numbering.vectors(torch.tensor(chosen))
-    if rec.model.anatomy.carries:  # a bs-value is read off the final stream, past blocks that multiply it
-        vectors = torch.stack([v * rec.reach(*search.places[b]) for v, b in zip(vectors, blocks, strict=True)])
-    bs = (vectors @ directions.T).cpu()
-    table = pd.DataFrame(
-        {
-            "rank": range(1, len(chosen) + 1),
-            "site": [str(numbering.site(i)) for i in chosen],
-            "kind": [numbering.blocks[b].kind for b in blocks],
-            "layer": [search.places[b][0] for b in blocks],
-            "log_prob_increase": [float(search.known[i]) for i in chosen],
-        }
-        | {name: bs[:, i].double().numpy() for i, name in enumerate(bs_columns(rec))}
-    )
-    table["norm"], table["position"] = norm, rec.prompt.position
+def _table(scored: Scorer, numbering: Numbering, chosen: list[int], values: list[float]) -> pd.DataFrame:
+    rec, query, name = scored.rec, scored.query, scored.score.name
+    final = Numbering(query.blocks("final"))  # a bs-value is read off the final stream
+    vectors = final.vectors(torch.tensor(chosen))
+    bs = (vectors @ Readout.of(rec).directions(rec.prompt.readouts).T).cpu()
+    places = [numbering.place(i)[0] for i in chosen]
+    columns: dict[str, Any] = {
+        "rank": range(1, len(chosen) + 1),
+        "site": [str(numbering.site(i)) for i in chosen],
+        "kind": [numbering.blocks[b].kind for b in places],
+        "layer": [query.places[b][0] for b in places],
+        name: values,
+    }
+    columns |= {c: bs[:, i].double().numpy() for i, c in enumerate(bs_columns(rec)) if c != name}
+    table = pd.DataFrame(columns)
+    table["norm"], table["position"] = query.norm, rec.prompt.position
     return table

@@ -1,219 +1,184 @@
-"""The log-probability-increase score C(v, x) = log p(w, x + v) - log p(w, x), in nats.
+"""`scores`: every subvalue's score, exact or between certified bounds, and `counts` of helpful and harmful ones."""
 
-p = softmax(cap(bs(.))) under the frozen norm of the final stream (the paper's convention, default)
-or each state's own norm. x is resid_mid for an MLP and its neurons, resid_pre for attention, its
-heads and (head, source) pairs (resid_pre for both in a parallel block); the readout's constants
-belong to x. C(0) = 0, and C is not additive.
+from collections.abc import Sequence
+from typing import Any
 
-For one state x everything about it that does not depend on v is computed once (`States`), and many v
-are then scored as D = bs(x + v) - bs(x),  C = D_w - log sum_i p_i exp(D_i).
-"""
-
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, final
-
+import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from resid_surgery import _check
-from resid_surgery.errors import SiteError
-from resid_surgery.stream.blocks import Block
-from resid_surgery.stream.recording import Recording, be_recording, need_recording
-from resid_surgery.stream.subvalues import KINDS, candidates, state_of
-from resid_surgery.stream.vocabulary import Readout
+from resid_surgery._progress import progress as progress_bar
+from resid_surgery.attribution.catalogue import SCORES, Score, check_scores
+from resid_surgery.attribution.queries import CONTRASTS, Query, need_competitors
+from resid_surgery.attribution.scoring import Increase, Scorer, scorer
+from resid_surgery.attribution.streaming import stream
+from resid_surgery.errors import ArgumentError
+from resid_surgery.stream.recording import Recording, need_recording
 
-NORMS = ("frozen", "own")
-EVALUATE_BYTES = 32 << 20
-SAFE_EXPONENT = 40.0
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class States:
-    """Distinct states x that candidates are added to, with what scoring needs of each.
-
-    The vocabulary is the first axis: products with the unembedding on the left are a quarter
-    faster, and sums over the vocabulary run down contiguous columns.
-
-    Attributes:
-        readout: the recording's. own: each state read with its own norm. token: the target id w.
-        x: (state, d_model). bs: (vocabulary, state) with constants, before a cap.
-        p: (vocabulary, state) softmax(cap(bs)). log_z: (state,) log-sum-exp of cap(bs).
-        index: (layer, part) -> number of a state.
-    """
-
-    readout: Readout
-    own: bool
-    token: int
-    x: Float[Tensor, "state d_model"]
-    bs: Float[Tensor, "vocabulary state"]
-    p: Float[Tensor, "vocabulary state"]
-    log_z: Float[Tensor, " state"]
-    index: dict[tuple[int, str], int]
-
-    @classmethod
-    def of(cls, rec: Recording, places: Sequence[tuple[int, str]], *, own: bool) -> "States":
-        """The states of (layer, part) places; two vocabulary products for all of them."""
-        readout = Readout.of(rec)
-        distinct: dict[tuple[int, str], int] = {}
-        vectors: list[Tensor] = []
-        index: dict[tuple[int, str], int] = {}
-        for layer, part in places:
-            key = (layer, "pre" if part == "attn" or not rec.model.anatomy.between(layer) else "mid")
-            if key not in distinct:
-                distinct[key] = len(vectors)
-                vectors.append(state_of(rec, layer, part))
-            index[layer, part] = distinct[key]
-        x = torch.stack(vectors)
-        bs = readout.columns(readout.norm.linear(x, readout.norm.scale(x) if own else readout.s))
-        if readout.constants is not None:
-            bs += readout.constants[:, None]
-        z = readout.cap(bs)
-        top = z.amax(0)
-        p = (z - top).exp_()
-        total = p.sum(0, dtype=torch.float64)  # a plain float32 sum over 50k rows is off by 1e-4
-        p /= total.to(p.dtype)
-        return cls(readout, own, rec.prompt.target, x, bs, p, (total.log() + top).to(p.dtype), index)
-
-    def normed(self, which: Int[Tensor, " n"], v: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_model"]:
-        """N(x + v) - N(x): linear in v under the frozen norm."""
-        norm, s = self.readout.norm, self.readout.s
-        if not self.own:
-            return norm.linear(v, s)
-        x = self.x[which]
-        moved = x + v
-        return norm.linear(moved, norm.scale(moved)) - norm.linear(x, norm.scale(x))
-
-    def evaluate(self, which: Int[Tensor, " n"], v: Float[Tensor, "n d_model"]) -> Float[Tensor, " n"]:
-        """Exact C(v, x) of vectors, each added to its own state; one vocabulary product."""
-        rows = self.chunk
-        out = [self._evaluate(which[i : i + rows], v[i : i + rows]) for i in range(0, len(v), rows)]
-        return torch.cat(out) if out else v.new_zeros(0)
-
-    @property
-    def chunk(self) -> int:
-        """How many vectors are evaluated at once, for bounded memory."""
-        return max(1, EVALUATE_BYTES // (self.bs.shape[0] * self.bs.element_size()))
-
-    def _evaluate(self, which: Tensor, v: Tensor) -> Tensor:
-        d = self.readout.columns(self.normed(which, v))
-        if self.readout.model.anatomy.logit_cap is not None:
-            bs = self.bs[:, which]
-            d = self.readout.cap(bs + d).sub_(self.readout.cap(bs))
-        gain = d[self.token].clone()
-        if float(torch.stack(d.aminmax()).abs().max()) > SAFE_EXPONENT:
-            return gain - self._log_mean_exp(which, d)
-        d.expm1_()  # log sum p exp(D) = log1p(sum p (exp(D) - 1)): exact for small D, and C(0) = 0
-        states, home = torch.unique(which, return_inverse=True)
-        sums = blocked_product(self.p[:, states], d)[home, torch.arange(d.shape[1])]
-        return gain - sums.log1p_()
-
-    def _log_mean_exp(self, which: Tensor, d: Tensor) -> Tensor:
-        """log sum_i p_i exp(D_i) in the log domain, where exp would overflow or p has underflowed."""
-        d += self.readout.cap(self.bs[:, which])
-        top = d.amax(0)
-        total = d.sub_(top).exp_().sum(0, dtype=torch.float64)
-        return (total.log() + top - self.log_z[which]).to(d.dtype)
+LONG = 4000
 
 
-def blocked_product(
-    p: Float[Tensor, "vocabulary state"], d: Float[Tensor, "vocabulary n"], block: int = 512
-) -> Float[Tensor, "state n"]:
-    """p^T d, summed in blocks: one long float32 product would be off by 1e-4 over 50k rows."""
-    n = len(p) // block * block
-    left, right = (x[:n].reshape(n // block, block, x.shape[1]) for x in (p, d))
-    return torch.bmm(left.transpose(1, 2), right).sum(0) + p[n:].T @ d[n:]
+def scores(
+    rec: Recording,
+    *,
+    kind: str = "neuron",
+    score: Any = "log_prob_increase",
+    norm: str = "frozen",
+    layers: Any = None,
+    versus: Any = None,
+    bounds: bool = False,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """The exact score of *every* subvalue of a kind, by one score or several.
 
-
-def logsumexp_(z: Float[Tensor, "n vocabulary"]) -> Float[Tensor, " n"]:
-    """Row-wise log-sum-exp, destroying z: the maximum is subtracted and exp taken in place."""
-    top = z.amax(-1, keepdim=True)
-    return z.sub_(top).exp_().sum(-1).log_() + top[:, 0]
-
-
-def places_of(rec: Recording, kind: str, layers: Sequence[int]) -> Iterator[tuple[int, str, Block]]:
-    """(layer, part, block) of every candidate block of a kind."""
-    for layer in layers:
-        for part, block in candidates(rec, kind, layer):
-            yield layer, part, block
-
-
-def need_places(rec: Recording, kind: str, layers: Sequence[int]) -> list[tuple[int, str, Block]]:
-    """`places_of`, refusing layers that have nothing of that kind.
-
-    Raises:
-        SiteError: none of the layers has subvalues of the kind.
-    """
-    places = list(places_of(rec, kind, layers))
-    if not places:
-        part = "mlp" if kind == "neuron" else "attn"
-        rec.model.anatomy.require(layers[0], part, kind)
-        raise SiteError(f"`layers` {list(layers)} of {rec.model.name} have nothing of kind '{kind}'.")
-    return places
-
-
-def scores(rec: Recording, *, kind: str = "neuron", norm: str = "frozen", layers: Any = None) -> pd.DataFrame:
-    """The exact log-prob increase of *every* subvalue of a kind (paper: contribution score).
-
-    C(v, x) = log p(w, x + v) - log p(w, x), nats. One vocabulary product per subvalue, streamed in
-    bounded memory: half a minute for all neurons of the embedded model. `locate` proves the best
-    few in less than a hundredth of that.
+    Scores that need one take one pass over the vocabulary per direction, streamed in bounded memory and shared by
+    all scores asked for: half a minute for all neurons of a 135M-parameter model. `locate` proves the best few in
+    less than a hundredth of that, and `bounds` brackets all of them without such a pass.
 
     Args:
-        rec: a recording. kind: "neuron", "head", "head_source", "attn_neuron" or "layer".
+        rec: a recording.
+        kind: "neuron", "head", "head_source" (a head reading one position), "attn_neuron" (a coordinate of a head's
+            output), "attn_neuron_source" (the same from one position) or "layer".
+        score: a name (see `describe_scores`), several, or "all" that the norm and the prompt allow.
         norm: "frozen" (scale of the final stream) or "own" (scale of each state).
         layers: None for all, or some.
+        versus: competitors of "bs_difference" and "contrast", if other than the prompt's.
+        bounds: certified lower and upper values instead of exact ones, O(d_model) each; for scores found by
+            certificates. The first time on a model this computes a table (see `ranges`), half a minute here.
+        progress: a bar on stderr; None shows it on a terminal for long passes.
 
     Returns:
-        Columns: site, kind, layer, log_prob_increase (nats), norm, position.
+        Columns: site, kind, layer, one column a score (see `describe_scores` for units) or, with `bounds`,
+        ``<score>_lower`` and ``<score>_upper``; norm, position. ``.attrs["versus"]`` names the competitors.
 
     Raises:
-        ArgumentError: unknown kind, norm or layer. StaleRecordingError: weights changed.
+        ArgumentError: unknown kind, score, norm or layer; no competitors; a score that has no bounds.
+        StaleRecordingError: weights changed.
 
-    Source: Yu & Ananiadou, arXiv 2312.12141, equation for log probability increase.
+    Source: Yu & Ananiadou, arXiv 2312.12141; see `describe_scores` for each.
     """
-    picked = check_query(rec, kind, norm, layers)
+    wanted = check_scores(score, norm)
+    query = Query.of(rec, kind, norm, layers, versus)
+    if not isinstance(bounds, bool):
+        raise ArgumentError(_check.message("bounds", "True or False", bounds))
+    if isinstance(score, str) and score == "all":
+        wanted = [one for one in wanted if (query.versus or one.name not in CONTRASTS)
+                  and (not bounds or one.search != "exhaustive")]  # fmt: skip
+    need_competitors(rec.model, wanted, query.versus)
+    for one in wanted:
+        if bounds and one.search == "exhaustive":
+            raise ArgumentError(f"score {one.name!r} has no bounds; leave `bounds` out, or ask for another score.")
     need_recording(rec)
-    blocks = need_places(rec, kind, picked)
-    states = States.of(rec, [(layer, part) for layer, part, _ in blocks], own=norm == "own")
+    scorers = [scorer(query, one) for one in wanted]
+    if bounds:
+        for scored in scorers:
+            if isinstance(scored, Increase):
+                scored.need_ranges()
+    shown = progress if progress is not None else not bounds and query.count > LONG
     frames = []
-    for layer, part, block in blocks:
-        members = torch.arange(block.count)
-        values = evaluate_block(states, states.index[layer, part], block, members)
-        frames.append(
-            pd.DataFrame(
-                {
-                    "site": [str(block.site(i)) for i in range(block.count)],
-                    "kind": block.kind,
-                    "layer": layer,
-                    "log_prob_increase": values.double().cpu().numpy(),
-                }
-            )
-        )
+    with progress_bar("scores", query.count, shown=shown) as step:
+        for b, (layer, _, block) in enumerate(query.found()):
+            columns: dict[str, Any] = {"site": [str(block.site(i)) for i in range(block.count)]}
+            columns |= {"kind": block.kind, "layer": layer}
+            frames.append(pd.DataFrame(columns | (_bounded(scorers, b) if bounds else _exact(scorers, b, step))))
     table = pd.concat(frames, ignore_index=True)
     table["norm"], table["position"] = norm, rec.prompt.position
+    table.attrs["versus"] = query.versus
     return table
 
 
-def evaluate_block(states: States, state: int, block: Block, members: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Exact scores of some members of a block, streamed; exactly 0 where the addend is zero."""
-    step, out = states.chunk, []
-    for low in range(0, len(members), step):
-        part = members[low : low + step]
-        which = torch.full((len(part),), state)
-        out.append(states.evaluate(which, block.vectors(part)))
-    values = torch.cat(out)
-    if block.zero is not None:
-        values[block.zero[members]] = 0.0
-    return values
+def counts(
+    rec: Recording,
+    *,
+    kind: str = "neuron",
+    score: str = "log_prob_increase",
+    norm: str = "frozen",
+    layers: Any = None,
+    versus: Any = None,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """How many subvalues of each layer help the target and how many harm it (the paper's Figure 6).
+
+    Certified bounds settle the sign of most; only those whose sign they leave open are evaluated exactly.
+
+    Args:
+        rec: a recording. kind, norm, layers, versus: as in `scores`.
+        score: one whose sign says helpful or harmful: nats, logits or probability; not "log_prob_alone".
+        progress: a bar on stderr; None shows it on a terminal for long ones.
+
+    Returns:
+        Columns: layer, part ("attn" or "mlp"), kind, helpful (> 0), harmful (< 0), zero, candidates, evaluations (exact
+        ones, each a pass over the vocabulary), score, norm, position.
+
+    Raises:
+        ArgumentError: unknown kind, score, norm or layer; a score whose sign says nothing.
+        StaleRecordingError: weights changed.
+
+    Source: Yu & Ananiadou, arXiv 2312.12141 v1, Figure 6.
+    """
+    units = ("nats", "logits", "probability")
+    signed = tuple(name for name, s in SCORES.items() if s.unit in units and name != "log_prob_alone")
+    (wanted,) = check_scores([_check.choice("score", score, signed)], norm)
+    query = Query.of(rec, kind, norm, layers, versus)
+    need_competitors(rec.model, [wanted], query.versus)
+    need_recording(rec)
+    found = scorer(query, wanted)
+    if isinstance(found, Increase):
+        found.need_ranges()
+    rows = []
+    with progress_bar("counts", query.count, shown=progress if progress is not None else query.count > LONG) as step:
+        for b, (layer, part, block) in enumerate(query.found()):
+            signs, evaluated = _signs(found, b)
+            helpful, harmful = int((signs > 0).sum()), int((signs < 0).sum())
+            rest = block.count - helpful - harmful
+            rows.append((layer, part, block.kind, helpful, harmful, rest, block.count, evaluated))
+            step(done=block.count)
+    names = ["layer", "part", "kind", "helpful", "harmful", "zero", "candidates", "evaluations"]
+    table = pd.DataFrame(rows, columns=names)
+    table["score"], table["norm"], table["position"] = wanted.name, norm, rec.prompt.position
+    return table
 
 
-def check_query(rec: Any, kind: Any, norm: Any, layers: Any) -> tuple[int, ...]:
-    """Validate the arguments that scoring verbs share; the layers as indices."""
-    _check.choice("kind", kind, KINDS)
-    _check.choice("norm", norm, NORMS)
-    be_recording(rec)
-    return _check.layers(layers, rec.model.anatomy.n_layers, model=rec.model.name)
+def _signs(found: Scorer, b: int) -> tuple[Tensor, int]:
+    """Signs of a block's scores, and how many exact evaluations they took."""
+    if not isinstance(found, Increase):
+        (values,) = stream([found], b, lambda **_: None)
+        return values.sign(), 0
+    low, high = found.bounds(b, below=True), found.bounds(b, below=False)
+    signs = (low > 0).to(low) - (high < 0).to(low)
+    zero = found.blocks[b].zero
+    left = (low <= 0) & (high >= 0) & (torch.ones_like(low, dtype=torch.bool) if zero is None else ~zero)
+    members = torch.nonzero(left)[:, 0].cpu()
+    if len(members):
+        values = found.evaluate(found.numbering.first[b] + members)
+        signs[members.to(signs.device)] = values.sign()
+    return signs, len(members)
+
+
+def _exact(scorers: Sequence[Scorer], b: int, step: Any) -> dict[str, np.ndarray]:
+    return {one.score.name: _numbers(values) for one, values in zip(scorers, stream(scorers, b, step), strict=True)}
+
+
+def _bounded(scorers: Sequence[Scorer], b: int) -> dict[str, np.ndarray]:
+    """Lower and upper values; both are the score itself where that is linear."""
+    columns = {}
+    for one in scorers:
+        name = one.score.name
+        if isinstance(one, Increase):
+            columns[f"{name}_lower"] = _numbers(one.bounds(b, below=True))
+            columns[f"{name}_upper"] = _numbers(one.bounds(b, below=False))
+        else:
+            (values,) = stream([one], b, lambda **_: None)
+            columns[f"{name}_lower"] = columns[f"{name}_upper"] = _numbers(values)
+    return columns
+
+
+def _numbers(values: Tensor) -> np.ndarray:
+    return values.double().cpu().numpy()
+
+
+def best_first(score: Score, *, worst: bool = False) -> int:
+    """1 where larger scores come first, -1 where smaller ones do."""
+    return 1 if (score.best == "highest") != worst else -1

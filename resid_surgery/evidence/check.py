@@ -13,18 +13,20 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from resid_surgery.attribution.bounds import UpperBounds
-from resid_surgery.attribution.locating import locate, rank
-from resid_surgery.attribution.scores import States, evaluate_block, logsumexp_, places_of
+from resid_surgery.attribution.locating import locate
+from resid_surgery.attribution.scores import scores
+from resid_surgery.attribution.searching import rank
 from resid_surgery.attribution.sources import NeuronSite, sources
+from resid_surgery.attribution.states import States, logsumexp_
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.taps import Tap
 from resid_surgery.models.tracing import Values, forward
 from resid_surgery.sites import ExpertNeuron, Neuron, SharedNeuron
 from resid_surgery.stream.blocks import PostMap
 from resid_surgery.stream.closing import Closure, closures, probe, relative
+from resid_surgery.stream.kinds import neuron_block, neuron_site
 from resid_surgery.stream.recording import Recording, closure_tolerance, need_model
-from resid_surgery.stream.subvalues import addends, need_group, neuron_block, neuron_site, read_by
+from resid_surgery.stream.subvalues import addends, candidates, need_group, read_by
 from resid_surgery.stream.vocabulary import Readout
 from resid_surgery.surgery.effects import PARTS, Effect, intervene_each
 from resid_surgery.surgery.interventions import Scale, Zero
@@ -117,23 +119,21 @@ def _telescoping(rec: Recording) -> float:
 
 def _certificates(rec: Recording) -> Iterator[Closure]:
     for norm, kind in itertools.product(("frozen", "own"), ("neuron", "head_source")):
-        having = [i for i in range(rec.model.anatomy.n_layers) if list(places_of(rec, kind, [i]))]
+        having = [i for i in range(rec.model.anatomy.n_layers) if candidates(rec, kind, i)]
         for layer in having[-1:]:
-            above, best = 0.0, []
-            blocks = list(places_of(rec, kind, [layer]))
-            states = States.of(rec, [(i, part) for i, part, _ in blocks], own=norm == "own")
-            upper = UpperBounds(rec, states)
-            for i, part, block in blocks:
-                state = states.index[i, part]
-                exact = evaluate_block(states, state, block, torch.arange(block.count))
-                above = max(above, float((exact - upper.of(block, state)).max()))
-                best += [str(block.site(j)) for j in rank(exact.cpu())[:5]]
-            found = locate(rec, k=min(5, len(best)), kind=kind, norm=norm, layers=[layer])
-            yield Closure("7", f"C <= upper bound, {kind}, {norm} norm", layer, max(0.0, above), 0.0)
-            same = [str(s) for s in found.sites] == best
-            yield Closure(
-                "7", f"certified top 5 = exhaustive top 5, {kind}, {norm} norm", layer, 0.0 if same else 1.0, 0.0
-            )
+            exact = scores(rec, kind=kind, norm=norm, layers=[layer], progress=False)
+            values = torch.tensor(exact["log_prob_increase"].to_numpy()).to(rec.model.work_dtype)
+            bounds = scores(rec, kind=kind, norm=norm, layers=[layer], bounds=True)
+            low, high = (torch.tensor(bounds[f"log_prob_increase_{side}"].to_numpy()) for side in ("lower", "upper"))
+            for name, above in (("C <= upper bound", values - high), ("lower bound <= C", low - values)):
+                yield Closure("7", f"{name}, {kind}, {norm} norm", layer, max(0.0, float(above.max())), 0.0)
+            k = min(5, len(values))
+            for name, worst in (("top", False), ("worst", True)):
+                found = locate(rec, k=k, kind=kind, norm=norm, layers=[layer], worst=worst)
+                wanted = exact["site"].iloc[rank(values, descending=not worst)[:k]].tolist()
+                same = [str(site) for site in found.sites] == wanted
+                yield Closure("7", f"certified {name} 5 = exhaustive {name} 5, {kind}, {norm} norm", layer,
+                              0.0 if same else 1.0, 0.0)  # fmt: skip
 
 
 def _sources(rec: Recording) -> Iterator[Closure]:

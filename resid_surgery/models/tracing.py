@@ -122,6 +122,60 @@ def forward(
     return seen
 
 
+def gradients(model: OpenedModel, ids: Tensor, taps: Sequence[Tap], *, at: int, token: int) -> dict[Tap, Tensor]:
+    """d log p(token at `at`) / d what stands at some taps, by one backward pass.
+
+    Runs on a copy of the module tree whose parameters are detached views of the user's: no gradient is
+    accumulated in them, and none is computed for them.
+
+    Args:
+        model: the opened model. ids: (1, position). taps: module outputs, in any order.
+        at: the predicting position. token: whose log-probability.
+
+    Returns:
+        Tap -> (position, width) in the model's dtype.
+
+    Raises:
+        UnsupportedModelError: a part of the model cannot be differentiated, or does not lead to the logits.
+    """
+    plan = sorted(set(taps), key=lambda tap: tap.when(model))
+    with model.lock, _trace_lock, torch.enable_grad():
+        traced = _differentiable(model)
+        places = [_place_of(traced, model, tap) for tap in plan]
+        start = _place_of(traced, model, Tap("block_in", 0))[0]
+        try:
+            with traced.trace(input_ids=ids, use_cache=False):
+                start.input = start.input.detach().requires_grad_().clone()
+                held: list[Any] = []
+                for place, field in places:
+                    value = getattr(place, field)
+                    held.append(value[0] if isinstance(value, tuple) else value)
+                log_p = torch.log_softmax(traced.output.logits[0, at].to(model.work_dtype), -1)[token]
+                found: dict[Any, Any] = {}
+                with log_p.backward():  # type: ignore[no-untyped-call]
+                    for tap, value in zip(reversed(plan), reversed(held), strict=True):
+                        found[tap] = value.grad.detach().clone()
+                nnsight.save(found)
+        except Exception as error:
+            if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+                raise
+            raise UnsupportedModelError(
+                f"the backward pass of {model.name} failed ({type(error).__name__}: {_last_line(error)}): a part of "
+                "it cannot be differentiated. Use another score."
+            ) from error
+    return {tap: grad.reshape(ids.shape[1], -1) for tap, grad in found.items()}
+
+
+def _differentiable(model: OpenedModel) -> Any:
+    """The model's tree on detached views of its parameters, traced; made anew when they are others."""
+    key = (model.weights.structure(), *(tensor.data_ptr() for tensor in model.weights.tensors()))
+    kept = model.cache.get("differentiable")
+    if kept is None or kept[0] != key:
+        kept = key, nnsight.NNsight(model.detached_copy())
+        model.cache["differentiable"] = kept
+    return kept[1]
+
+
 def routing(model: OpenedModel, layer: int, read: Tensor) -> tuple[Tensor, Tensor]:
     """(index, weight), each (n, k): how a layer's router routes states that its MLP would read.
 
@@ -201,8 +255,12 @@ def _traced(model: OpenedModel) -> Any:
 def _place(traced: Any, model: OpenedModel, tap: Tap) -> tuple[Any, str]:
     """The nnsight envoy of a tap and which of its fields holds the value."""
     paths: dict[Tap, tuple[Any, str]] = model.cache["paths"]
-    if tap in paths:
-        return paths[tap]
+    if tap not in paths:
+        paths[tap] = _place_of(traced, model, tap)
+    return paths[tap]
+
+
+def _place_of(traced: Any, model: OpenedModel, tap: Tap) -> tuple[Any, str]:
     name, layer = tap.name, tap.layer
     if name in ("logits", "output"):
         place, field = traced, "output"
@@ -217,7 +275,6 @@ def _place(traced: Any, model: OpenedModel, tap: Tap) -> tuple[Any, str]:
     else:
         part, field = module_of(model, layer, name)
         place = _envoy(traced, model.path(layer, part))
-    paths[tap] = (place, field)
     return place, field
 
 

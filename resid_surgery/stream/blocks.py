@@ -72,28 +72,101 @@ class PostMap:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Block:
-    """A run of addends v_i = push(sum_a parts[i, a] rows[row_of(i), a]) of one layer and kind.
+class Square:
+    """A linear map f whose squared lengths |f(v)|^2 are asked for: of a norm, gain * centre(v) (gain 1 if not
+    `gained`); the identity without one. Those of weight rows depend on no recording and are kept per model."""
+
+    norm: Norm | None = None
+    gained: bool = False
+
+    def apply(self, v: Tensor) -> Tensor:
+        """f(v)."""
+        if self.norm is None:
+            return v
+        centred = self.norm.centre(v)
+        return centred * self.norm.gain if self.gained else centred
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class WeightRows:
+    """Rows of a projection as directions of the stream: direction_a = factor * push(row_a).
+
+    What depends on the weights alone (lengths, ranges and ranks over the vocabulary) is kept per model, under
+    `key` and the fingerprint, for ``post.unscaled(row)``; `scale` makes it this recording's.
 
     Attributes:
-        kind: "embed", "attn", "mlp", "neuron", "head", "head_source", "attn_neuron", "bias",
+        key: names the rows. rows: (row, d_model). post: what stands between them and the stream.
+        factor: of a router or the like; 1 elsewhere.
+    """
+
+    key: tuple[Any, ...]
+    rows: Float[Tensor, "row d_model"]
+    post: PostMap
+    factor: float = 1.0
+
+    @property
+    def scale(self) -> Tensor | float:
+        """direction = scale * post.unscaled(row)."""
+        return self.factor if self.post.norm is None or self.post.s is None else self.factor / self.post.s
+
+    def lengths(self, rec: Recording, f: Square) -> Float[Tensor, " row"]:
+        """|f(direction)|^2."""
+        key = (rec.fingerprint, f.norm is not None, f.gained, *self.key)
+        kept = rec.model.cache.setdefault("row_squares", {})
+        if key not in kept:
+            for old in [k for k in kept if k[0] != rec.fingerprint]:
+                kept.pop(old, None)
+            kept[key] = f.apply(self.post.unscaled(rec.work(self.rows))).square().sum(-1)
+        scale = self.scale
+        return kept[key] * (scale * scale)  # type: ignore[no-any-return]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A run of addends v_i = coefficient_i * direction_(i // per_row) of one layer and kind.
+
+    Attributes:
+        kind: "embed", "attn", "mlp", "neuron", "head", "head_source", "attn_neuron", "attn_neuron_source", "bias",
             "constant" or "rounding". layer: or None.
         count: how many addends.
         project: (m, d_model) directions -> (m, count) dot products with every addend.
-        vectors: (n,) member indices -> (n, d_model) their vectors.
+        direction: (n,) numbers of directions -> (n, d_model).
+        lengths: a linear map f (see `Square`) -> (count // per_row,) squared length of f(direction).
         site: member index -> its site.
-        squares: a linear map f (see `Square`) -> (count,) squared length of f(v).
-        zero: (count,) True where the addend is exactly zero, if cheap to know.
+        coefficient: (count,) or None, which is 1: whole vectors.
+        per_row: addends that share a direction, one after the other.
+        weights: the rows that the directions are, where they are weights. mixed: where they are mixtures of
+            weight rows, (weights, (direction, row of its group) amounts, which group).
     """
 
     kind: str
     layer: int | None
     count: int
     project: Callable[[Float[Tensor, "m d_model"]], Float[Tensor, "m count"]]
-    vectors: Callable[[Int[Tensor, " n"]], Float[Tensor, "n d_model"]]
+    direction: Callable[[Int[Tensor, " n"]], Float[Tensor, "n d_model"]]
+    lengths: Callable[[Square], Float[Tensor, " directions"]]
     site: Callable[[int], Site]
-    squares: Callable[["Square"], Float[Tensor, " count"]]
-    zero: Tensor | None = None
+    coefficient: Float[Tensor, " count"] | None = None
+    per_row: int = 1
+    weights: tuple[WeightRows, ...] = ()
+    mixed: "Mixed | None" = None
+
+    def vectors(self, i: Int[Tensor, " n"]) -> Float[Tensor, "n d_model"]:
+        """Members' vectors."""
+        found = self.direction(i // self.per_row)
+        return found if self.coefficient is None else found * self.coefficient[i.to(found.device), None]
+
+    def squares(self, f: Square) -> Float[Tensor, " count"]:
+        """|f(v)|^2 of every member."""
+        found = self.lengths(f).repeat_interleave(self.per_row)
+        return found if self.coefficient is None else found * self.coefficient.square()
+
+    @property
+    def zero(self) -> Tensor | None:
+        """(count,) True where the addend is exactly zero, as far as coefficients show it."""
+        return None if self.coefficient is None else self.coefficient == 0
 
     def all_vectors(self) -> Float[Tensor, "count d_model"]:
         """Every member's vector; meant for small blocks."""
@@ -102,27 +175,15 @@ class Block:
 
 @final
 @dataclass(frozen=True, eq=False)
-class Square:
-    """The linear map f(v) = gain * centre(v) (gain 1 if not `gained`) of a norm, whose squared
-    lengths bounds need. Those of weight rows depend on no recording and are kept per model."""
+class Mixed:
+    """Directions that are mixtures of weight rows: direction_(g, n) = sum_a amounts[g, n, a] * row_(g, a).
 
-    norm: Norm
-    gained: bool
+    Attributes:
+        weights: the rows, group after group. amounts: (group, direction, row of the group).
+    """
 
-    def apply(self, v: Tensor) -> Tensor:
-        """f(v)."""
-        centred = self.norm.centre(v)
-        return centred * self.norm.gain if self.gained else centred
-
-    def of_rows(self, rec: Recording, key: tuple[Any, ...], rows: Tensor, post: "PostMap") -> Tensor:
-        """(row,) squared lengths of f(push(row)) for weight rows named by `key`, kept per model."""
-        key = (rec.fingerprint, self.gained, *key)
-        kept = rec.model.cache.setdefault("row_squares", {})
-        if key not in kept:
-            for old in [k for k in kept if k[0] != rec.fingerprint]:
-                kept.pop(old, None)
-            kept[key] = self.apply(post.unscaled(rec.work(rows))).square().sum(-1)
-        return kept[key] if post.s is None else kept[key] / post.s.square()  # type: ignore[no-any-return]
+    weights: WeightRows
+    amounts: Float[Tensor, "group n row"]
 
 
 @final
@@ -169,9 +230,9 @@ def stored(kind: str, layer: int | None, vectors: Tensor, sites: Sequence[Site])
         layer,
         len(sites),
         project=lambda g: g @ vectors.T,
-        vectors=lambda i: vectors[i.to(vectors.device)],
+        direction=lambda i: vectors[i.to(vectors.device)],
+        lengths=lambda f: f.apply(vectors).square().sum(-1),
         site=lambda i: sites[i],
-        squares=lambda f: f.apply(vectors).square().sum(-1),
     )
 
 
@@ -182,8 +243,10 @@ def multiplied(block: Block, times: Tensor | float) -> Block:
     return replace(
         block,
         project=lambda g: block.project(g * times),
-        vectors=lambda i: block.vectors(i) * times,
-        squares=lambda f: f.apply(block.all_vectors() * times).square().sum(-1),
+        direction=lambda i: block.direction(i) * times,
+        lengths=lambda f: f.apply(block.direction(torch.arange(block.count // block.per_row)) * times).square().sum(-1),
+        weights=(),
+        mixed=None,
     )
 
 

@@ -18,9 +18,10 @@ from resid_surgery.models.prompts import BoundPrompt, Prompt
 from resid_surgery.models.taps import Tap, TapName
 from resid_surgery.models.tracing import Values, forward
 from resid_surgery.stream.blocks import sum_of
+from resid_surgery.stream.kinds import joint_parts, post_map
 from resid_surgery.stream.recording import Label, Recording, closure_tolerance, from_values, left_by, record_taps
 from resid_surgery.stream.records import NeuronGroup
-from resid_surgery.stream.subvalues import addends, joint_parts, post_map, read_by
+from resid_surgery.stream.subvalues import addends, read_by
 from resid_surgery.stream.vocabulary import Readout
 
 

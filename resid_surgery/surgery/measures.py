@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from resid_surgery.attribution.scores import SAFE_EXPONENT, blocked_product
+from resid_surgery.attribution.states import SAFE_EXPONENT, blocked_product
 from resid_surgery.stream.recording import Recording
 from resid_surgery.stream.tables import bs_columns
 from resid_surgery.stream.vocabulary import Readout

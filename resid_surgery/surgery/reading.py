@@ -33,9 +33,10 @@ from resid_surgery.sites import (
     Sublayer,
 )
 from resid_surgery.stream.blocks import PostMap
+from resid_surgery.stream.kinds import attention_of, joint_parts, neuron_place
 from resid_surgery.stream.recording import Recording, closure_tolerance, reach
 from resid_surgery.stream.records import attention_rows, gate_between
-from resid_surgery.stream.subvalues import attention_of, joint_parts, need_group, neuron_place
+from resid_surgery.stream.subvalues import need_group
 from resid_surgery.surgery.arguments import Donor
 from resid_surgery.surgery.batches import Batch, Rows
 from resid_surgery.surgery.conflicts import Operation

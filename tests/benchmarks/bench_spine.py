@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 import resid_surgery as rs
-from resid_surgery.attribution.locating import rank
+from resid_surgery.attribution.searching import rank
 
 PROMPT = rs.Prompt("The capital of France is", target=" Paris", versus=[" London", " Lyon"])
 

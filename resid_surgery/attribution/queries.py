@@ -1,0 +1,95 @@
+"""Queries: which candidates of which recording are scored, against which competitors."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from resid_surgery import _check
+from resid_surgery.attribution.catalogue import Score
+from resid_surgery.errors import ArgumentError, SiteError
+from resid_surgery.models.opening import OpenedModel
+from resid_surgery.models.prompts import BoundPrompt, token_id
+from resid_surgery.stream.blocks import Block
+from resid_surgery.stream.kinds import Where
+from resid_surgery.stream.recording import Recording, be_recording
+from resid_surgery.stream.subvalues import KINDS, candidates
+
+CONTRASTS = ("bs_difference", "contrast")
+
+
+@final
+@dataclass(eq=False)
+class Query:
+    """What is scored: the candidates of one kind in some layers of one recording.
+
+    Attributes:
+        rec, kind, layers, norm. versus: competitors' ids, for the scores that have some.
+    """
+
+    rec: Recording
+    kind: str
+    layers: tuple[int, ...]
+    norm: str
+    versus: tuple[int, ...] = ()
+    also: tuple[int, ...] = ()
+    _kept: dict[str, list[tuple[int, str, Block]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rec: Any, kind: Any, norm: str, layers: Any, versus: Any = None) -> "Query":
+        """A query from a verb's arguments.
+
+        Raises:
+            ArgumentError: unknown kind or layer. PromptError: `versus` is no token. SiteError: nothing to score.
+        """
+        _check.choice("kind", kind, KINDS)
+        be_recording(rec)
+        picked = _check.layers(layers, rec.model.anatomy.n_layers, model=rec.model.name)
+        query = cls(rec, kind, picked, norm, versus_of(rec.model, rec.prompt, versus))
+        if not query.places:
+            rec.model.anatomy.require(picked[0], "mlp" if kind == "neuron" else "attn", kind)
+            raise SiteError(f"`layers` {list(picked)} of {rec.model.name} have nothing of kind '{kind}'.")
+        return query
+
+    def found(self, where: Where = "here") -> list[tuple[int, str, Block]]:
+        """(layer, part, block) of the candidates, where they are asked for."""
+        if where == "final" and not self.rec.model.anatomy.carries:
+            where = "here"  # the same vectors
+        if where not in self._kept:
+            self._kept[where] = [(layer, part, block) for layer in self.layers
+                                 for part, block in candidates(self.rec, self.kind, layer, where)]  # fmt: skip
+        return self._kept[where]
+
+    def blocks(self, where: Where = "here") -> list[Block]:
+        """The candidates' blocks."""
+        return [block for _, _, block in self.found(where)]
+
+    @property
+    def places(self) -> list[tuple[int, str]]:
+        """(layer, part) of every block."""
+        return [(layer, part) for layer, part, _ in self.found()]
+
+    @property
+    def count(self) -> int:
+        """How many candidates there are."""
+        return sum(block.count for block in self.blocks())
+
+
+def versus_of(model: OpenedModel, prompt: BoundPrompt, given: Any) -> tuple[int, ...]:
+    """Ids of competitors: the prompt's, or those given as a token or several."""
+    if given is None:
+        return prompt.versus
+    many = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, bytes)) else [given]
+    ids = tuple(token_id(one, model.tokenizer, model, "versus") for one in many)
+    if not ids or prompt.target in ids or len(set(ids)) != len(ids):
+        raise ArgumentError(_check.message("versus", "distinct tokens other than the target", given, model=model.name))
+    return ids
+
+
+def need_competitors(model: OpenedModel, scores: Iterable[Score], versus: Sequence[int]) -> None:
+    """Refuse, before anything is computed, scores whose competitors are missing."""
+    for one in scores:
+        if one.name in CONTRASTS and not versus:
+            raise ArgumentError(
+                f"score {one.name!r} needs competitors for {model.name}; the prompt has none. Give "
+                "Prompt(versus=[...]) or versus=."
+            )
