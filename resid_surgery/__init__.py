@@ -13,6 +13,7 @@ _HOMES = {
     ),
     "sites": "Site Neuron ExpertNeuron SharedNeuron Head HeadSource AttnNeuron Sublayer Resid Bias Constant Projection",
     "addresses": "Slice At Edge parse_site",
+    "_progress": "progress",
     "models.prompts": "Prompt",
     "models.zoo": "tiny",
     "models.layout": "BlockLayout Layout",
@@ -24,6 +25,7 @@ _HOMES = {
     "attribution.catalogue": "describe_scores",
     "attribution.scores": "scores counts",
     "attribution.locating": "Located locate locate_each locate_many",
+    "attribution.curves": "probability_curve cumulated",
     "attribution.sources": "sources",
     "surgery.interventions": "Zero Scale Steer Set Clamp Patch Mean Attend Cut",
     "surgery.effects": "Effect intervene intervene_each",
@@ -34,7 +36,12 @@ _HOMES = {
     "evidence.check": "check",
     "evidence.families": "check_families",
     "evidence.operating": "Operated operate",
+    "evidence.statistics": "bootstrap",
+    "evidence.trials": "addition_test ablation_test",
+    "evidence.truth": "score_against_effect agreement",
     "views.plots": "plot_stream plot_grid",
+    "views.figures": "plot_intervals plot_layers plot_cumulated plot_probability",
+    "views.files": "save_results",
 }
 _WHERE = {name: module for module, names in _HOMES.items() for name in names.split()}
 

@@ -14,6 +14,11 @@ def progress(what: str, total: int, *, shown: bool = True) -> Iterator[Callable[
 
     Args:
         what: is going on. total: steps. shown: False for no bar.
+
+    Example:
+        >>> with progress("prompts", 2, shown=False) as step:
+        ...     step("the first")
+        ...     step(done=1)
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip

@@ -15,13 +15,13 @@ ORDER = {
     "stream": ["records", "recording", "blocks", "kinds", "subvalues", "vocabulary", "tables", "closing",
                "loading", "knowing"],
     "attribution": ["states", "catalogue", "ranges", "bounds", "ranks", "gradients", "queries", "scoring",
-                    "streaming", "scores", "searching", "locating", "sources"],
+                    "streaming", "scores", "searching", "locating", "curves", "sources"],
     "surgery": ["arguments", "interventions", "batches", "conflicts", "resolving", "places", "reading", "writing",
                 "cutting", "engine", "measures", "splits", "effects", "frames", "chunks", "sweeping", "grids",
                 "altering", "storing"],
-    "evidence": ["check", "families", "operating"],
-    "views": ["plots", "text", "files"],
-    "cli": ["main"],
+    "evidence": ["check", "families", "operating", "statistics", "trials", "truth"],
+    "views": ["plots", "figures", "text", "files"],
+    "cli": ["common", "operating", "scoring", "main"],
 }  # fmt: skip
 PLACE = {".".join(filter(None, [room, name])): (i, j) for i, (room, names) in enumerate(ORDER.items())
          for j, name in enumerate(names)}  # fmt: skip

@@ -9,7 +9,7 @@ Linear scores are known for all candidates by one matrix-vector product; ranks a
 Scores that differ by less than rounding are ties; ties go by (layer, attention before MLP, index).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -148,7 +148,7 @@ def locate_each(
     _check.whole("k", k, 1)
     _check.layers(layers, model.anatomy.n_layers, model=model.name)
     _check_worst(worst)
-    bound = _bound(model, prompts)
+    bound = bound_prompts(model, prompts)
     for one in bound:
         need_competitors(model, [wanted], versus_of(model, one, versus))
     return _each(model, bound, k, kind, wanted, worst, norm, layers, versus, progress)
@@ -221,7 +221,7 @@ def _check_worst(worst: Any) -> None:
         raise ArgumentError(_check.message("worst", "True or False", worst))
 
 
-def _bound(model: OpenedModel, prompts: Any) -> list[BoundPrompt]:
+def bound_prompts(model: OpenedModel, prompts: Any) -> list[BoundPrompt]:
     """Every prompt, bound; what is wrong with one is said with its number."""
     if isinstance(prompts, (Prompt, str, bytes)) or not isinstance(prompts, Iterable):
         raise ArgumentError(_check.message("prompts", "a sequence of prompts", prompts))
@@ -237,36 +237,67 @@ def _bound(model: OpenedModel, prompts: Any) -> list[BoundPrompt]:
 
 
 def _located(scored: Scorer, k: int, *, worst: bool, shown: bool | None = None) -> Located:
-    query, rec, sign = scored.query, scored.rec, best_first(scored.score, worst=worst)
-    numbering = Numbering(scored.blocks)
-    counts = [block.count for block in scored.blocks]
-    eps = 8 * torch.finfo(rec.model.work_dtype).eps
-    floors = torch.cat([torch.full((n,), scored.floor(b)) for b, n in enumerate(counts)]).double()
-    if isinstance(scored, Increase):
-        if scored.removed != (sign < 0):
-            scored.need_ranges()
-        known = torch.cat([_zeros(scored, b) for b in range(len(counts))]) * sign
-        bounds = torch.cat([scored.bounds(b, below=sign < 0) for b in range(len(counts))]).cpu().double() * sign
-        search = Search(known, floors, eps)
-        chosen = search.certified(k, bounds, lambda numbers: sign * scored.evaluate(numbers).cpu().double())
-        evaluations = search.evaluations
-    else:
-        with progress_bar("locating", query.count, shown=shown is not False and query.count > LONG) as step:
-            found, evaluations = _everything(scored, step)
-        search = Search(found * sign, floors, eps)
-        chosen = search.first(k)
-    values = (search.known[chosen] * sign).tolist()
+    query, rec = scored.query, scored.rec
+    with progress_bar("locating", query.count, shown=shown is not False and query.count > LONG) as step:
+        picked = pick(scored, k, worst=worst, step=step)
     return Located(
-        table=_table(scored, numbering, chosen, values),
-        sites=tuple(numbering.site(i) for i in chosen),
-        evaluations=evaluations,
-        candidates=len(numbering),
+        table=_table(scored, picked),
+        sites=tuple(picked.numbering.site(i) for i in picked.numbers),
+        evaluations=picked.evaluations,
+        candidates=len(picked.numbering),
         proof=scored.score.search,
         score=scored.score.name,
         worst=worst,
         fingerprint=rec.fingerprint,
         prompt=rec.prompt,
     )
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """The first k candidates of some blocks of a scorer.
+
+    Attributes:
+        numbering: of the blocks' members. blocks: their numbers. numbers: the chosen, first one first.
+        values: their scores. evaluations: passes over the vocabulary.
+    """
+
+    numbering: Numbering
+    blocks: list[int]
+    numbers: list[int]
+    values: list[float]
+    evaluations: int
+
+
+def pick(
+    scored: Scorer, k: int, *, worst: bool = False, blocks: Sequence[int] | None = None, step: Any = lambda **_: None
+) -> Picked:
+    """The first k candidates by a score, of all blocks or of some."""
+    chosen = list(range(len(scored.blocks))) if blocks is None else list(blocks)
+    members = [scored.blocks[b] for b in chosen]
+    numbering, sign = Numbering(members), best_first(scored.score, worst=worst)
+    eps = 8 * torch.finfo(scored.rec.model.work_dtype).eps
+    floors = [torch.full((one.count,), scored.floor(b)) for b, one in zip(chosen, members, strict=True)]
+    if isinstance(scored, Increase):
+        below = sign < 0
+        if scored.removed != below:
+            scored.need_ranges(members)
+        known = torch.cat([_zeros(scored, b) for b in chosen]) * sign
+        bounds = torch.cat([scored.bounds(b, below=below) for b in chosen]).cpu().double() * sign
+        places = torch.tensor(chosen)
+
+        def evaluate(numbers: Tensor) -> Tensor:
+            which = places[numbering.home(numbers)]
+            return sign * scored.evaluate(which, numbering.vectors(numbers)).cpu().double()
+
+        search = Search(known, torch.cat(floors).double(), eps)
+        first, evaluations = search.certified(k, bounds, evaluate), search.evaluations
+    else:
+        found, evaluations = _everything(scored, chosen, step)
+        search = Search(found * sign, torch.cat(floors).double(), eps)
+        first = search.first(k)
+    return Picked(numbering, chosen, first, (search.known[first] * sign).tolist(), evaluations)
 
 
 def _zeros(scored: Increase, b: int) -> Tensor:
@@ -276,10 +307,11 @@ def _zeros(scored: Increase, b: int) -> Tensor:
     return known if block.zero is None else known.masked_fill(block.zero.cpu(), scored.nothing)
 
 
-def _everything(scored: Scorer, step: Any) -> tuple[Tensor, int]:
+def _everything(scored: Scorer, blocks: Sequence[int], step: Any) -> tuple[Tensor, int]:
     """Every candidate's score, and how many passes over the vocabulary that took."""
     found, evaluations = [], 0
-    for b, block in enumerate(scored.blocks):
+    for b in blocks:
+        block = scored.blocks[b]
         cached = not isinstance(scored, Streamed) or (isinstance(scored, Rank) and scored.known(b) is not None)
         (values,) = stream([scored], b, step)
         found.append(values.double().cpu())
@@ -287,18 +319,18 @@ def _everything(scored: Scorer, step: Any) -> tuple[Tensor, int]:
     return torch.cat(found), evaluations
 
 
-def _table(scored: Scorer, numbering: Numbering, chosen: list[int], values: list[float]) -> pd.DataFrame:
+def _table(scored: Scorer, picked: Picked) -> pd.DataFrame:
     rec, query, name = scored.rec, scored.query, scored.score.name
-    final = Numbering(query.blocks("final"))  # a bs-value is read off the final stream
-    vectors = final.vectors(torch.tensor(chosen))
+    numbering, final = picked.numbering, Numbering(query.blocks("final"))  # bs-values are read off the final stream
+    vectors = final.vectors(torch.tensor(picked.numbers))
     bs = (vectors @ Readout.of(rec).directions(rec.prompt.readouts).T).cpu()
-    places = [numbering.place(i)[0] for i in chosen]
+    places = [numbering.place(i)[0] for i in picked.numbers]
     columns: dict[str, Any] = {
-        "rank": range(1, len(chosen) + 1),
-        "site": [str(numbering.site(i)) for i in chosen],
+        "rank": range(1, len(places) + 1),
+        "site": [str(numbering.site(i)) for i in picked.numbers],
         "kind": [numbering.blocks[b].kind for b in places],
         "layer": [query.places[b][0] for b in places],
-        name: values,
+        name: picked.values,
     }
     columns |= {c: bs[:, i].double().numpy() for i, c in enumerate(bs_columns(rec)) if c != name}
     table = pd.DataFrame(columns)

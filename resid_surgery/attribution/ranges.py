@@ -91,11 +91,13 @@ class Ranges:
 
     def _computed(self, rows: WeightRows, step: Any) -> Tensor:
         norm, chunk = self.readout.norm, max(1, EVALUATE_BYTES // (self.rec.model.vocab_size * 4))
-        out = []
+        out, room = [], list[Tensor]()
         for low in range(0, len(rows.rows), chunk):
             part = rows.post.unscaled(self.rec.work(rows.rows[low : low + chunk]))
-            columns = self.readout.columns(norm.centre(part) * norm.gain)
-            out.append(torch.stack(columns.aminmax(dim=0)))
+            if not room or room[0].shape[1] != len(part):
+                room = [torch.empty(self.rec.model.vocab_size, len(part)).to(part)]
+            columns = self.readout.columns(norm.centre(part) * norm.gain, out=room[0])
+            out.append(torch.stack([columns.amin(0), columns.amax(0)]))  # twice as fast as aminmax along an axis
             step(done=part.shape[0])
         return torch.cat(out, -1)
 

@@ -9,13 +9,14 @@ from collections.abc import Iterable
 from typing import final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from resid_surgery.stream.blocks import Block, WeightRows
 from resid_surgery.stream.recording import Recording
 
 MOST_TARGETS = 256
+AT_ONCE = 128
 
 
 def counts_in(
@@ -25,8 +26,15 @@ def counts_in(
     out = {}
     for token in tokens:
         own = columns[token]
-        out[token] = ((columns > own).sum(0), (columns < own).sum(0))
+        out[token] = (_true(columns > own), _true(columns < own))
     return out
+
+
+def _true(mask: Bool[Tensor, "vocabulary n"]) -> Int[Tensor, " n"]:
+    """How many of each column are true; bytes first, which is many times faster than a plain sum."""
+    whole = len(mask) // AT_ONCE * AT_ONCE
+    head = mask[:whole].view(torch.uint8).reshape(-1, AT_ONCE, mask.shape[1])
+    return head.sum(1, dtype=torch.uint8).sum(0) + mask[whole:].sum(0)
 
 
 def rank_of(above: Tensor, below: Tensor, sign: Tensor, vocabulary: int) -> Float[Tensor, "*n"]:

@@ -75,7 +75,7 @@ def scores(
     if bounds:
         for scored in scorers:
             if isinstance(scored, Increase):
-                scored.need_ranges()
+                scored.need_ranges(scored.blocks)
     shown = progress if progress is not None else not bounds and query.count > LONG
     frames = []
     with progress_bar("scores", query.count, shown=shown) as step:
@@ -126,7 +126,7 @@ def counts(
     need_recording(rec)
     found = scorer(query, wanted)
     if isinstance(found, Increase):
-        found.need_ranges()
+        found.need_ranges(found.blocks)
     rows = []
     with progress_bar("counts", query.count, shown=progress if progress is not None else query.count > LONG) as step:
         for b, (layer, part, block) in enumerate(query.found()):
@@ -152,7 +152,7 @@ def _signs(found: Scorer, b: int) -> tuple[Tensor, int]:
     left = (low <= 0) & (high >= 0) & (torch.ones_like(low, dtype=torch.bool) if zero is None else ~zero)
     members = torch.nonzero(left)[:, 0].cpu()
     if len(members):
-        values = found.evaluate(found.numbering.first[b] + members)
+        values = found.evaluate(torch.full_like(members, b), found.blocks[b].vectors(members))
         signs[members.to(signs.device)] = values.sign()
     return signs, len(members)
 

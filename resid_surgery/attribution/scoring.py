@@ -4,7 +4,8 @@ A `Scorer` scores in one way: all candidates of a block by a matrix-vector produ
 through the vocabulary (`Streamed`; see `streaming`), and then perhaps some candidates by number or between bounds.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
@@ -17,7 +18,7 @@ from resid_surgery.attribution.gradients import added_by, gradients_of
 from resid_surgery.attribution.queries import Query
 from resid_surgery.attribution.ranks import Kept, counts_in, rank_of
 from resid_surgery.attribution.states import States
-from resid_surgery.stream.blocks import Block, Numbering, Square
+from resid_surgery.stream.blocks import Block, Square
 from resid_surgery.stream.kinds import Where
 from resid_surgery.stream.vocabulary import Readout
 
@@ -159,7 +160,6 @@ class Increase(Streamed):
         self.states: States = make(self.rec, self.query.places, own=own)
         self.removed = name == "leave_one_out"
         self.sign = -1.0 if self.removed else 1.0
-        self.numbering = Numbering(self.blocks)
         self.state_of = torch.tensor([self.states.index[place] for place in self.query.places])
         self.limits: Bounds | None = None
 
@@ -176,22 +176,29 @@ class Increase(Streamed):
         """The score of a zero vector."""
         return float(self.states.p[self.states.token, 0].log()) if self.score.name == "log_prob_alone" else 0.0
 
-    def evaluate(self, numbers: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """Exact scores of candidates by number; one vocabulary product for all of them."""
-        which = self.state_of[self.numbering.home(numbers)]
-        return self._mapped(self.states.evaluate(which, self.numbering.vectors(numbers) * self.sign), which)
+    def evaluate(self, blocks: Int[Tensor, " n"], vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, " n"]:
+        """Exact scores of vectors, each as if of one of the blocks; one vocabulary product for all of them."""
+        which = self.state_of[blocks]
+        return self._mapped(self.states.evaluate(which, vectors * self.sign), which)
 
     def of_columns(self, b: int, chunk: "Chunk") -> Tensor:
-        state, out = int(self.state_of[b]), []
-        for c in chunk.coefficient.unbind(1):
-            some = torch.nonzero(c)[:, 0]
-            values = torch.zeros_like(c)
-            if len(some):
-                columns = chunk.columns if len(some) == len(c) else chunk.columns[:, some]
-                values[some] = self.states.of_columns(state, columns, chunk.directions[some], c[some] * self.sign)
-            out.append(values)
-        found = torch.stack(out, 1)
-        return self._mapped(found.flatten(), torch.full((found.numel(),), state)).view_as(found)
+        key = (self.where, self.score.name if self.score.name != "prob_increase" else "log_prob_increase")
+        if key not in chunk.increases:  # shared by the scores that are functions of it
+            out = [self._increases(int(self.state_of[b]), chunk, c) for c in chunk.coefficient.unbind(1)]
+            chunk.increases[key] = torch.stack(out, 1)
+        found = chunk.increases[key]
+        return self._mapped(found.flatten(), torch.full((found.numel(),), int(self.state_of[b]))).view_as(found)
+
+    def _increases(self, state: int, chunk: "Chunk", c: Tensor) -> Tensor:
+        some = torch.nonzero(c)[:, 0]
+        if len(some) == len(c):
+            return self.states.of_columns(state, chunk.columns, chunk.directions, c * self.sign, chunk.scratch)
+        values = torch.zeros_like(c)
+        if len(some):
+            values[some] = self.states.of_columns(
+                state, chunk.columns[:, some], chunk.directions[some], c[some] * self.sign
+            )
+        return values
 
     def bounds(self, b: int, *, below: bool) -> Float[Tensor, " count"]:
         """Certified lower (`below`) or upper bounds of the scores of block b."""
@@ -201,10 +208,10 @@ class Increase(Streamed):
         found = self._mapped(found, torch.full((block.count,), state))
         return found if block.zero is None else found.masked_fill(block.zero, self.nothing)
 
-    def need_ranges(self) -> None:
+    def need_ranges(self, blocks: Sequence[Block]) -> None:
         """Have the table ready that lower bounds of C need."""
         self.limits = self.limits or Bounds(self.rec, self.states, removed=self.removed)
-        self.limits.ranges.prepare(self.blocks)
+        self.limits.ranges.prepare(blocks)
 
     def floor(self, b: int) -> float:
         return float(self.states.p[self.states.token, self.state_of[b]]) if self.score.name == "prob_increase" else 1.0
@@ -260,11 +267,18 @@ class Rank(Streamed):
 @final
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Some directions of a block: their columns W_U gain centre(v), vectors, and members' coefficients."""
+    """Some directions of a block.
+
+    Attributes:
+        columns: W_U gain centre(v). directions: v. coefficient: members'. scratch: room for changed columns.
+        increases: C of the members, by what it is the increase of.
+    """
 
     columns: Float[Tensor, "vocabulary n"]
     directions: Float[Tensor, "n d_model"]
     coefficient: Float[Tensor, "n per_row"]
+    scratch: Float[Tensor, "vocabulary n"]
+    increases: dict[tuple[str, str], Float[Tensor, "n per_row"]] = field(default_factory=dict)
 
 
 SCORERS: dict[str, type[Scorer]] = {

@@ -127,14 +127,15 @@ class States:
         columns: Float[Tensor, "vocabulary n"],
         directions: Float[Tensor, "n d_model"],
         c: Float[Tensor, " n"],
+        out: Float[Tensor, "vocabulary n"] | None = None,
     ) -> Float[Tensor, " n"]:
         """Exact C(c v, x) of directions v whose columns W_U gain centre(v) are known; no vocabulary product.
 
-        D = c W_U gain centre(v) / s, and under the own norm + (s(x) / s(x + c v) - 1) bs(x).
+        D = c W_U gain centre(v) / s, and under the own norm + (s(x) / s(x + c v) - 1) bs(x); worked out in `out`.
         """
         norm, x = self.readout.norm, self.x[state]
         s = norm.scale(x + directions * c[:, None])[:, 0] if self.own else self.readout.s
-        d = columns * (c / s)
+        d = torch.mul(columns, c / s, out=out)
         if self.own:
             bare = self.bs[:, state] if self.readout.constants is None else self.bs[:, state] - self.readout.constants
             d.addr_(bare, norm.scale(x) / s - 1)

@@ -79,7 +79,21 @@ def chunks(readout: Readout, block: Block, members: Int[Tensor, " n"]) -> Iterab
         c = torch.ones(block.count, dtype=readout.s.dtype, device=readout.s.device)
     amounts = c.view(n, block.per_row)
     size = max(1, EVALUATE_BYTES // (readout.model.vocab_size * readout.s.element_size()))
+    room: list[Tensor] = []
     for some in torch.split(members, size):
         directions = block.direction(some)
-        columns = readout.columns(norm.centre(directions) * norm.gain)
-        yield Chunk(columns, directions, amounts[some.to(amounts.device)])
+        if not room or room[0].shape[1] != len(some):  # kept from chunk to chunk: fresh pages cost as much as products
+            shape = (readout.model.vocab_size, len(some))
+            room = [torch.empty(shape, dtype=readout.s.dtype, device=readout.s.device) for _ in range(2)]
+        columns = readout.columns(norm.centre(directions) * norm.gain, out=room[0])
+        yield Chunk(columns, directions, amounts[some.to(amounts.device)], room[1])
+
+
+def values_of(scored: Scorer, b: int, members: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Exact scores of some members of block b, in float64 on the CPU."""
+    if not isinstance(scored, Increase):
+        (values,) = stream([scored], b, lambda **_: None)
+        return values.double().cpu()[members]
+    block, parts = scored.blocks[b], torch.split(members, scored.states.chunk)
+    found = [scored.evaluate(torch.full_like(some, b), block.vectors(some)).double().cpu() for some in parts]
+    return torch.cat(found)

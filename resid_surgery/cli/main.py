@@ -4,114 +4,30 @@ Tables go to stdout, or JSON with ``--json``; progress goes to stderr, on a term
 models, files and tokens that are no good give one line and exit code 2.
 """
 
-import json
 import sys
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(
-    name="resid-surgery",
-    help="Locate, operate on and measure what writes a prediction into a transformer's residual stream.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+from resid_surgery.cli import operating, scoring  # noqa: F401  (they register their commands, in this order)
+from resid_surgery.cli.common import (
+    AsJson,
+    Device,
+    Dtype,
+    Model,
+    Rows,
+    Target,
+    Text,
+    Versus,
+    app,
+    busy,
+    load,
+    prompt_of,
+    said,
+    show,
+    tokens,
 )
-
-Text = Annotated[str, typer.Argument(metavar="TEXT", help="The prompt, ending right before the prediction.")]
-Target = Annotated[
-    str, typer.Option("--target", "-t", help="Token whose prediction is studied; mind the leading space: ' Paris'.")
-]
-Versus = Annotated[list[str] | None, typer.Option("--versus", "-v", help="Competing token; repeat for more.")]
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="smollm2-135m (embedded), a hub id, a folder or a .gguf file.")
-]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="float64, float32, bfloat16 or float16.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, ...")]
-AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
-Rows = Annotated[int, typer.Option("--rows", min=0, help="Rows to print; 0 prints all.")]
-K = Annotated[int, typer.Option("-k", min=1, help="How many subvalues to locate.")]
-Norm = Annotated[str, typer.Option("--norm", help="frozen (scale of the final stream) or own (of each state).")]
-
-
-@app.command()
-def operate(
-    text: Text,
-    target: Target,
-    versus: Versus = None,
-    model: Model = "smollm2-135m",
-    k: K = 10,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for CSV tables and a picture.")] = None,
-    as_json: AsJson = False,
-    dtype: Dtype = None,
-    device: Device = None,
-) -> None:
-    """The main job: locate what wrote the target, trace its sources, ablate it, measure, report."""
-    from resid_surgery.evidence.operating import operate as run_operate
-    from resid_surgery.views import text as view
-    from resid_surgery.views.files import check_out, write_operated
-
-    folder = None if out is None else check_out(out)
-    opened, prompt = _load(model, dtype, device), _prompt(text, target, versus)
-    with _busy("operating"):
-        done = run_operate(opened, prompt, k=k)
-        files = [] if folder is None else write_operated(done, folder)
-    if as_json:
-        about = _said(done.rec) | {"closure": done.closure(), "seconds": done.seconds}
-        _print_json(about, done.tables(), files)
-    else:
-        view.show_operated(view.console(), done, files)
-
-
-@app.command()
-def decompose(
-    text: Text,
-    target: Target,
-    versus: Versus = None,
-    model: Model = "smollm2-135m",
-    grain: Annotated[str, typer.Option(help="layer, head, head_source, neuron or subvalue.")] = "layer",
-    rows: Rows = 80,
-    as_json: AsJson = False,
-    dtype: Dtype = None,
-    device: Device = None,
-) -> None:
-    """The ledger: one row per addend of the stream, with its bs-values; the rows sum to the logits."""
-    import resid_surgery as rs
-
-    opened, prompt = _load(model, dtype, device), _prompt(text, target, versus)
-    rec = rs.record(opened, prompt)
-    _show(rs.decompose(rec, grain=grain), rows, as_json, heading=_tokens(rec), extra=_said(rec))
-
-
-@app.command()
-def locate(
-    text: Text,
-    target: Target,
-    versus: Versus = None,
-    model: Model = "smollm2-135m",
-    k: K = 10,
-    kind: Annotated[str, typer.Option(help="neuron, head, head_source, attn_neuron or layer.")] = "neuron",
-    norm: Norm = "frozen",
-    worst: Annotated[bool, typer.Option(help="The most harmful instead of the most helpful.")] = False,
-    layer: Annotated[list[int] | None, typer.Option(help="Only this layer; repeat for more.")] = None,
-    rows: Rows = 80,
-    as_json: AsJson = False,
-    dtype: Dtype = None,
-    device: Device = None,
-) -> None:
-    """The exact best (or worst) k subvalues by log-prob increase, proven."""
-    import resid_surgery as rs
-
-    opened, prompt = _load(model, dtype, device), _prompt(text, target, versus)
-    rec = rs.record(opened, prompt)
-    with _busy("locating"):
-        found = rs.locate(rec, k=k, kind=kind, norm=norm, worst=worst, layers=layer or None)
-    proof = {"evaluations": found.evaluations, "candidates": found.candidates, "proof": found.proof}
-    _show(found.table, rows, as_json, heading=f"{_tokens(rec)}\n{found!r}", extra=_said(rec) | proof)
 
 
 @app.command()
@@ -134,12 +50,10 @@ def sources(
     """What switched neurons on: exact shares of each key's pre-activation."""
     import resid_surgery as rs
 
-    opened, prompt = _load(model, dtype, device), _prompt(text, target, versus)
+    opened, prompt = load(model, dtype, device), prompt_of(text, target, versus)
     rec = rs.record(opened, prompt)
     readers = reader or [str(s) for s in rs.locate(rec, k=3).sites]
-    _show(
-        rs.sources(rec, readers, grain=grain, top=top, norm=norm), rows, as_json, heading=_tokens(rec), extra=_said(rec)
-    )
+    show(rs.sources(rec, readers, grain=grain, top=top, norm=norm), rows, as_json, heading=tokens(rec), extra=said(rec))
 
 
 @app.command()
@@ -180,13 +94,13 @@ def sweep(
     if operation not in makers:
         raise rs.ArgumentError(f"`--operation` must be one of {', '.join(makers)}; got {operation!r}.")
     folder = None if out is None else check_out(out)
-    opened, prompt = _load(model, dtype, device), _prompt(text, target, versus)
+    opened, prompt = load(model, dtype, device), prompt_of(text, target, versus)
     rec = rs.record(opened, prompt)
     sites = site or ["L*.resid_pre" if corrupt else "L*.H*"]
     if corrupt is None:
         table = rs.sweep(rec, rs.grid(rec, makers[operation], sites, positions=positions), measure=measure)
     else:
-        other = rs.record(opened, _prompt(corrupt, target, versus))
+        other = rs.record(opened, prompt_of(corrupt, target, versus))
         table = rs.patching(rec, other, sites, positions=positions, direction=direction, measure=measure)
     if sort is not None:
         if sort not in table:
@@ -195,7 +109,7 @@ def sweep(
     shown = "score" if "score" in table else "bs_change_target" if measure == "bs" else "log_prob_change"
     files = [] if folder is None else write_sweep(table, shown, folder)
     about = {name: table.attrs[name] for name in ("clean", "run", "donor", "direction") if name in table.attrs}
-    _show(table, rows, as_json, heading=f"{_tokens(rec)}\n{len(table)} rows", extra=_said(rec) | about, files=files)
+    show(table, rows, as_json, heading=f"{tokens(rec)}\n{len(table)} rows", extra=said(rec) | about, files=files)
 
 
 @app.command()
@@ -231,11 +145,11 @@ def check(
             )
         _check_families(family or None, dtype or "float32", markdown, as_json)
         return
-    opened = _load(model or "smollm2-135m", dtype, device)
-    with _busy("checking"):
+    opened = load(model or "smollm2-135m", dtype, device)
+    with busy("checking"):
         table = rs.check(opened)
     about = "\n".join(f"{name}: {value}" for name, value in opened.anatomy.describe().items())
-    _show(table, 0, as_json, heading=about, extra={"anatomy": opened.anatomy.describe()})
+    show(table, 0, as_json, heading=about, extra={"anatomy": opened.anatomy.describe()})
     if not bool(table["ok"].all()):
         raise typer.Exit(1)
 
@@ -252,7 +166,7 @@ def _check_families(types: list[str] | None, dtype: str, markdown: bool, as_json
         typer.echo(families_markdown(table))
     else:
         counts = ", ".join(f"{n} {status}" for status, n in table["status"].value_counts().items())
-        _show(table, 0, as_json, heading=f"{len(table)} types in {dtype}: {counts}", extra={})
+        show(table, 0, as_json, heading=f"{len(table)} types in {dtype}: {counts}", extra={})
     if "wrong" in set(table["status"]):
         raise typer.Exit(1)
 
@@ -277,70 +191,3 @@ def run() -> None:
 def _fail(text: str) -> None:
     sys.stderr.write(f"resid-surgery: {' '.join(text.split())}\n")
     raise SystemExit(2) from None
-
-
-def _load(model: str, dtype: str | None, device: str | None) -> Any:
-    import resid_surgery as rs
-
-    with _busy(f"loading {model}"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # stderr is for the one line that says what is wrong
-        return rs.load(model, dtype=dtype, device=device)
-
-
-def _prompt(text: str, target: str, versus: list[str] | None) -> Any:
-    import resid_surgery as rs
-
-    return rs.Prompt(text, target=target, versus=versus or ())
-
-
-def _said(rec: Any) -> dict[str, Any]:
-    """What was asked, for JSON: tokens used, position, target and competitors in column order."""
-    p = rec.prompt
-    versus = [p.names[i] for i in p.versus]
-    return {"tokens": list(p.tokens), "position": p.position, "target": p.names[p.target], "versus": versus}
-
-
-def _tokens(rec: Any) -> str:
-    return "tokens: " + "  ".join(f"{i}:{t!r}" for i, t in enumerate(rec.prompt.tokens))
-
-
-def _busy(what: str) -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True).status(what) if sys.stderr.isatty() else _nothing()
-
-
-def _nothing() -> Any:
-    import contextlib
-
-    return contextlib.nullcontext()
-
-
-def _show(
-    table: Any,
-    rows: int,
-    as_json: bool,
-    *,
-    heading: str,
-    extra: dict[str, Any] | None = None,
-    files: Sequence[Path] = (),
-) -> None:
-    if as_json:
-        _print_json(extra or {}, {"rows": table}, list(files))
-        return
-    from resid_surgery.views import text as view
-
-    out = view.console()
-    out.print(heading, markup=False)
-    named = {column: f"bs {token!r}" for column, token in table.attrs.get("tokens", {}).items()}
-    view.show(out, table.rename(columns=named), rows=rows or None)
-    for file in files:
-        out.print(f"wrote {file}", markup=False)
-
-
-def _print_json(head: dict[str, Any], tables: dict[str, Any], files: list[Path]) -> None:
-    body: dict[str, Any] = {"schema": 1, **head}
-    body |= {name: json.loads(table.to_json(orient="records", double_precision=15)) for name, table in tables.items()}
-    if files:
-        body["files"] = [str(f) for f in files]
-    typer.echo(json.dumps(body, ensure_ascii=False, indent=1))

@@ -153,43 +153,47 @@ def candidates(rec: Recording, kind: str, layer: int, where: Where = "here") -> 
     return [("attn", (head_block if kind == "head" else head_source_block)(rec, layer, where))]
 
 
-def vector_of(rec: Recording, site: Site) -> Float[Tensor, " d_model"]:
-    """The vector that a site adds to the final stream at t.
+def vector_of(rec: Recording, site: Site, where: Literal["here", "final"] = "final") -> Float[Tensor, " d_model"]:
+    """The vector that a site adds to the final stream at t, or to the stream where it is written ("here").
 
     Raises:
         SiteError: the site does not exist in the model or the prompt, or is not an addend.
     """
     site = resolve_in(rec, site)
+
+    def times(layer: int, part: str) -> Tensor | float:
+        return rec.reach(layer, part) if where == "final" else 1.0
+
     if isinstance(site, (Neuron, ExpertNeuron, SharedNeuron)):
-        return _neuron_vector(rec, site)
+        return _neuron_vector(rec, site, where)
     if isinstance(site, Head):
-        return head_block(rec, site.layer, "final").vectors(torch.tensor([site.head]))[0]
+        return head_block(rec, site.layer, where).vectors(torch.tensor([site.head]))[0]
     if isinstance(site, HeadSource):
         index = site.head * (rec.prompt.position + 1) + site.source
-        return head_source_block(rec, site.layer, "final").vectors(torch.tensor([index]))[0]
+        return head_source_block(rec, site.layer, where).vectors(torch.tensor([index]))[0]
     if isinstance(site, AttnNeuron):
-        return _attn_neuron_vector(rec, site)
+        return _attn_neuron_vector(rec, site, where)
     if isinstance(site, Sublayer):
-        return rec.work(sublayer_vector(rec.layers[site.layer], site.part)) * rec.reach(site.layer, site.part)
+        return rec.work(sublayer_vector(rec.layers[site.layer], site.part)) * times(site.layer, site.part)
     if isinstance(site, Bias):
         if isinstance(site.expert, int):
             need_group(rec, ExpertNeuron(site.layer, site.expert, 0), str(site))
         bias = bias_vectors(rec, site.layer, site.part).get(site)
         if bias is None:
             raise SiteError(f"`{site}` does not exist for {rec.model.name}: that sublayer has no output bias.")
-        return bias * rec.reach(site.layer, site.part)
+        return bias * times(site.layer, site.part)
     if isinstance(site, Constant) and site.name == "embed":
-        return rec.work(rec.embed) * rec.reach(0, "pre")
+        return rec.work(rec.embed) * times(0, "pre")
     if isinstance(site, Resid):
         raise SiteError(f"`{site}` is a state of the stream, not an addend; read it with rs.lens.")
     raise SiteError(f"`{site}` is a constant of the readout, not a vector in the stream; see rs.decompose.")
 
 
-def _neuron_vector(rec: Recording, site: Neuron | ExpertNeuron | SharedNeuron) -> Tensor:
+def _neuron_vector(rec: Recording, site: Neuron | ExpertNeuron | SharedNeuron, where: Where) -> Tensor:
     expert, index = neuron_place(site)
     group = need_group(rec, site)
     row = rec.work(rec.model.group_rows(site.layer, expert).rows[index])
-    return post_map(rec, site.layer, "mlp", "final").push(row * rec.work(group.coefficient[index]) * group.factor)
+    return post_map(rec, site.layer, "mlp", where).push(row * rec.work(group.coefficient[index]) * group.factor)
 
 
 def need_group(rec: Recording, site: Neuron | ExpertNeuron | SharedNeuron, what: str | None = None) -> NeuronGroup:
@@ -221,13 +225,13 @@ def resolve_in(rec: Recording, site: Site) -> Site:
     return site
 
 
-def _attn_neuron_vector(rec: Recording, site: AttnNeuron) -> Tensor:
+def _attn_neuron_vector(rec: Recording, site: AttnNeuron, where: Where) -> Tensor:
     parts = joint_parts(rec, site.layer)[site.head, :, site.index]
     z = rec.work(attention_of(rec, site.layer, str(site)).z)
     size = z[site.head, site.index] if site.source is None else parts[site.source]
     d_head = rec.model.anatomy.sizes[site.layer].d_head
     row = rec.model.rows(site.layer, "attn_out").rows[site.head * d_head + site.index]
-    return post_map(rec, site.layer, "attn", "final").push(rec.work(row) * size)
+    return post_map(rec, site.layer, "attn", where).push(rec.work(row) * size)
 
 
 def _with_rounding(rec: Recording, blocks: list[Block], total: Tensor) -> list[Block]:

@@ -69,10 +69,12 @@ class Readout:
             out[:, low : low + step] = h @ w[low : low + step].to(h.dtype).T
         return out
 
-    def columns(self, h: Float[Tensor, "n d_model"]) -> Float[Tensor, "vocabulary n"]:
-        """W_U h^T: `product` with the vocabulary first, which is the faster order."""
+    def columns(
+        self, h: Float[Tensor, "n d_model"], out: Float[Tensor, "vocabulary n"] | None = None
+    ) -> Float[Tensor, "vocabulary n"]:
+        """W_U h^T: `product` with the vocabulary first, which is the faster order; into `out` where it can."""
         w = self.model.unembedding
-        return w @ h.T if w.dtype == h.dtype else self.product(h).T.contiguous()
+        return torch.mm(w, h.T, out=out) if w.dtype == h.dtype else self.product(h).T.contiguous()
 
     def mix(self, p: Float[Tensor, "n vocabulary"]) -> Float[Tensor, "n d_model"]:
         """p W_U: the unembedding rows averaged with weights p, sliced like `product`."""

@@ -2,17 +2,19 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from resid_surgery._check import message
 from resid_surgery.errors import ArgumentError
 from resid_surgery.evidence.operating import Operated
 from resid_surgery.views.plots import plot_grid, plot_stream, pyplot_module
 
 
-def check_out(folder: Path) -> Path:
+def check_out(folder: Path, name: str = "--out") -> Path:
     """A folder that can be written, made if need be; refused before any work is done.
 
     Raises:
@@ -24,7 +26,7 @@ def check_out(folder: Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ArgumentError(f"`--out` must be a folder that can be written; {folder}: {error.strerror}.") from None
+        raise ArgumentError(f"`{name}` must be a folder that can be written; {folder}: {error.strerror}.") from None
     return folder
 
 
@@ -49,6 +51,36 @@ def write_sweep(table: pd.DataFrame, value: str, folder: Path) -> list[Path]:
         figure = plot_grid(table, value).figure
         try:
             files.append(_whole(folder / "sweep.png", lambda path: figure.savefig(path, dpi=150)))  # type: ignore[union-attr]
+        finally:
+            pyplot_module().close(figure)
+    return files
+
+
+def save_results(
+    folder: str | Path, tables: Mapping[str, pd.DataFrame], figures: Mapping[str, Any] | None = None
+) -> list[Path]:
+    """Tables as CSV and figures as PNG in one folder, each file whole or not at all.
+
+    Args:
+        folder: made if need be. tables: name -> table. figures: name -> Axes or Figure; they are closed.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ArgumentError: the folder cannot be written; a name is no file's name.
+    """
+    place = check_out(Path(folder), "folder")
+    figures = figures or {}
+    for name in (*tables, *figures):
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise ArgumentError(message("tables, figures", "named as files can be", name))
+    files = [_whole(place / f"{name}.csv", lambda path, t=table: t.to_csv(path, index=False))  # type: ignore[misc]
+             for name, table in tables.items()]  # fmt: skip
+    for name, drawn in figures.items():
+        figure = getattr(drawn, "figure", drawn)
+        try:
+            files.append(_whole(place / f"{name}.png", lambda path, f=figure: f.savefig(path, dpi=150)))  # type: ignore[misc]
         finally:
             pyplot_module().close(figure)
     return files

@@ -1,0 +1,95 @@
+"""Intervals over prompts, so that a difference between two scores can be told from luck."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from resid_surgery import _check
+from resid_surgery.errors import ArgumentError
+
+
+def bootstrap(
+    table: pd.DataFrame,
+    by: str | Sequence[str],
+    value: str,
+    *,
+    unit: str = "prompt",
+    against: Mapping[str, Any] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Means with bootstrap intervals over independent units (prompts), one row a group.
+
+    Rows of one unit in one group (random draws, layers) are averaged first: only units are independent.
+
+    Args:
+        table: tidy. by: columns that make the groups. value: the column to average.
+        unit: the column that names what is resampled.
+        against: levels of some `by` columns, such as ``{"score": "log_prob_increase"}``: adds the mean difference of
+            each group from its counterpart with these levels, paired by unit, with an interval of its own (missing
+            where there is no counterpart).
+        confidence: of the intervals. resamples, seed: of the bootstrap (BCa).
+
+    Returns:
+        Columns: `by`, mean, low, high, n (units); with `against` also difference, difference_low, difference_high. An
+        interval over fewer than two units is missing.
+
+    Raises:
+        ArgumentError: a column is missing, or no row has the levels of `against`.
+
+    Source: Efron 1987 (BCa intervals); computed by scipy.
+    """
+    groups = [by] if isinstance(by, str) else list(by)
+    if not isinstance(table, pd.DataFrame):
+        raise ArgumentError(_check.message("table", "a DataFrame", type(table).__name__))
+    for name in (*groups, value, unit, *(against or {})):
+        if name not in table:
+            raise ArgumentError(
+                _check.message("by, value, unit, against", f"columns of the table, as {name!r} is not", name)
+            )
+    _check.whole("resamples", resamples, 100)
+    if not 0 < _check.finite("confidence", confidence) < 1:
+        raise ArgumentError(_check.message("confidence", "between 0 and 1", confidence))
+    for name, level in (against or {}).items():
+        if name not in groups or not (table[name] == level).any():
+            raise ArgumentError(
+                _check.message("against", "levels of columns in `by` that the table has", dict(against or {}))
+            )
+    means = table.groupby([*groups, unit], sort=False, dropna=False)[value].mean()
+    cells = means.reset_index()
+    out = []
+    for key, one in cells.groupby(groups, sort=False, dropna=False):
+        named = dict(zip(groups, key if isinstance(key, tuple) else (key,), strict=True))
+        row = named | _interval(one[value], confidence, resamples, seed, "")
+        if against is not None:
+            pair = _counterpart(cells, named | dict(against), groups)
+            both = one.set_index(unit)[value].sub(pair.set_index(unit)[value]).dropna()
+            row |= _interval(both, confidence, resamples, seed, "difference")
+        out.append(row)
+    return pd.DataFrame(out)
+
+
+def _counterpart(cells: pd.DataFrame, wanted: Mapping[str, Any], groups: list[str]) -> pd.DataFrame:
+    for name in groups:
+        cells = cells[cells[name] == wanted[name]]
+    return cells
+
+
+def _interval(values: "pd.Series[float]", confidence: float, resamples: int, seed: int, name: str) -> dict[str, Any]:
+    from scipy import stats
+
+    sample, prefix = values.to_numpy(dtype=float), f"{name}_" if name else ""
+    mean, low, high = float(sample.mean()) if len(sample) else np.nan, np.nan, np.nan
+    if len(sample) > 1 and float(sample.std()) == 0:
+        low = high = mean
+    elif len(sample) > 1:
+        found = stats.bootstrap(
+            (sample,), np.mean, confidence_level=confidence, n_resamples=resamples, method="BCa",
+            rng=np.random.default_rng(seed), vectorized=True,
+        ).confidence_interval  # fmt: skip
+        low, high = float(found.low), float(found.high)
+    row = {name or "mean": mean, f"{prefix}low": low, f"{prefix}high": high}
+    return row if name else row | {"n": len(sample)}
