@@ -44,15 +44,16 @@ def main(
                 if name == "every_neuron":
                     effects.append(table.assign(prompt=number))
                 step(str(prompt.target))
-    tables = {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
+    tables = {name: pd.concat(parts, ignore_index=True) for name, parts in found.items() if parts}
     figures = {}
-    for name in found:
+    for name in list(tables):
         for value in ("spearman_drawn", *(f"recall@{k}" for k in ks)):
             summary = rs.bootstrap(tables[name], "score", value, against={"score": "log_prob_increase"})
             key = f"{name}_{value}".replace("@", "_at_")
             tables[key] = summary
             figures[key] = rs.plot_intervals(summary, xlabel=f"{value} ({name.replace('_', ' ')})", mark=0.0)
-    rs.save_results(out, tables | {"effects": pd.concat(effects, ignore_index=True)}, figures)
+    measured = {"effects": pd.concat(effects, ignore_index=True)} if effects else {}
+    rs.save_results(out, tables | measured, figures)
     return tables
 
 

@@ -6,6 +6,13 @@ from pathlib import Path
 
 import pytest
 
+# The long ones, small: a prompt or two, a layer.
+QUICK = {
+    "05_the_addition_test": {"kinds": ("capital",), "each": 2, "subvalues": ("neuron",)},
+    "06_the_ablation_test": {"kinds": ("capital",), "each": 2, "draws": 1},
+    "07_score_against_truth": {"kinds": ("capital",), "each": 2, "whole": 0, "best": 20, "random": 100},
+    "08_how_scores_behave": {"kinds": ("capital",), "each": 1, "layers": [27]},
+}
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.py"))
 
 
@@ -18,10 +25,18 @@ def load(path: Path):
 
 @pytest.mark.real
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_the_recipe_runs_on_the_embedded_model(path, smollm2):
-    main = load(path).main
-    tables = main(smollm2) if "model" in inspect.signature(main).parameters else main()
+def test_the_recipe_runs_on_the_embedded_model(path, smollm2, tmp_path):
+    main, options = load(path).main, dict(QUICK.get(path.stem, {}))
+    parameters = inspect.signature(main).parameters
+    if "model" in parameters:
+        options["model"] = smollm2
+    if "out" in parameters:
+        options["out"] = tmp_path / "results"
+    tables = main(**options)
     assert tables
+    if "out" in parameters:
+        assert {f"{name}.csv" for name in tables} <= {file.name for file in options["out"].iterdir()}
+        assert list(options["out"].glob("*.png"))
     for name, table in tables.items():
         assert len(table), name
         if "closure" in table:

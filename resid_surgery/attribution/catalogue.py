@@ -58,7 +58,7 @@ _LIST = (
     Score("coefficient", "m of v = m * direction", "activation", ("frozen", "own"), "highest", "linear",
           "input of the down-projection, z[h, d], or the attention weight; 1 for whole vectors; no token in it",
           f"{_PAPER} (rival score)"),
-    Score("norm", "|direction|", "length in the stream", ("frozen", "own"), "highest", "linear",
+    Score("direction_norm", "|direction|", "length in the stream", ("frozen", "own"), "highest", "linear",
           "of the value vector, without the coefficient; no token in it", f"{_PAPER} (rival score)"),
     Score("coefficient_times_norm", "|m| |direction| = |v|", "length in the stream", ("frozen", "own"), "highest",
           "linear", "no token in it", "Geva et al. 2022"),

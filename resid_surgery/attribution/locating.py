@@ -173,7 +173,9 @@ def _each(
             query = Query.of(rec, kind, norm, layers, versus)
             query.also = targets  # ranks of all targets are counted in one pass
             _check.whole("k", k, 1, query.count, model=model.name)
-            yield _located(scorer(query, wanted), k, worst=worst, shown=progress)
+            found = _located(scorer(query, wanted), k, worst=worst, shown=progress)
+            del rec, query  # before the next one is recorded
+            yield found
             step(one.names[one.target])
 
 

@@ -9,7 +9,7 @@ certificate (see `bounds`) needs it.
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -17,8 +17,8 @@ import torch
 import xxhash
 from filelock import FileLock
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from resid_surgery._progress import progress
@@ -129,9 +129,20 @@ def _name(rows: WeightRows) -> str:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+            said = (file.metadata() or {}).get("hash")
     except (OSError, SafetensorError, ValueError):  # none, or damaged: it is made anew
         return {}
+    return found if said == _hash(found) else {}
+
+
+def _hash(tables: Mapping[str, Tensor]) -> str:
+    total = xxhash.xxh3_128()
+    for name in sorted(tables):
+        total.update(f"|{name}|{tables[name].dtype}|{tuple(tables[name].shape)}|".encode())
+        total.update(tables[name].contiguous().view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def _merge(path: Path, fresh: dict[str, Tensor]) -> None:
@@ -144,7 +155,8 @@ def _merge(path: Path, fresh: dict[str, Tensor]) -> None:
         with FileLock(f"{path}.lock", timeout=LOCK_SECONDS):
             handle, partial = tempfile.mkstemp(prefix=".", suffix=".safetensors", dir=path.parent)
             os.close(handle)
-            save_file(_read(path) | {name: found.contiguous() for name, found in fresh.items()}, partial)
+            tables = _read(path) | {name: found.contiguous() for name, found in fresh.items()}
+            save_file(tables, partial, {"hash": _hash(tables)})
             os.replace(partial, path)
             partial = None
     except (OSError, TimeoutError, SafetensorError):

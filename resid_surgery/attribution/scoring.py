@@ -114,7 +114,7 @@ class Size(Linear):
         if name == "coefficient":
             return c
         length = block.lengths(Square()).sqrt().repeat_interleave(block.per_row)
-        return length if name == "norm" else length * c.abs()
+        return length if name == "direction_norm" else length * c.abs()
 
     def floor(self, b: int) -> float:
         return 0.0
@@ -191,7 +191,7 @@ class Increase(Streamed):
 
     def _increases(self, state: int, chunk: "Chunk", c: Tensor) -> Tensor:
         some = torch.nonzero(c)[:, 0]
-        if len(some) == len(c):
+        if 0 < len(some) == len(c):
             return self.states.of_columns(state, chunk.columns, chunk.directions, c * self.sign, chunk.scratch)
         values = torch.zeros_like(c)
         if len(some):
@@ -239,8 +239,9 @@ class Rank(Streamed):
     def of_columns(self, b: int, chunk: "Chunk") -> Tensor:
         w, block = self.rec.prompt.target, self.blocks[b]
         wanted = dict.fromkeys((w, *self.counts.missing(block, self.tokens)))
-        for token, pair in counts_in(chunk.columns, wanted).items():
-            self.seen.setdefault(token, []).append(pair)
+        chunk.counts.update(counts_in(chunk.columns, [token for token in wanted if token not in chunk.counts]))
+        for token in wanted:
+            self.seen.setdefault(token, []).append(chunk.counts[token])
         above, below = self.seen[w][-1]
         return self._values(b, above, below, torch.ones_like(above), chunk.coefficient)
 
@@ -271,7 +272,7 @@ class Chunk:
 
     Attributes:
         columns: W_U gain centre(v). directions: v. coefficient: members'. scratch: room for changed columns.
-        increases: C of the members, by what it is the increase of.
+        increases: C of the members, by what it is the increase of. counts: (above, below) by target.
     """
 
     columns: Float[Tensor, "vocabulary n"]
@@ -279,6 +280,7 @@ class Chunk:
     coefficient: Float[Tensor, "n per_row"]
     scratch: Float[Tensor, "vocabulary n"]
     increases: dict[tuple[str, str], Float[Tensor, "n per_row"]] = field(default_factory=dict)
+    counts: dict[int, tuple[Int[Tensor, " n"], Int[Tensor, " n"]]] = field(default_factory=dict)
 
 
 SCORERS: dict[str, type[Scorer]] = {
@@ -286,7 +288,7 @@ SCORERS: dict[str, type[Scorer]] = {
     "bs_difference": BsValue,
     "contrast": Contrast,
     "coefficient": Size,
-    "norm": Size,
+    "direction_norm": Size,
     "coefficient_times_norm": Size,
     "grad_times_activation": Gradient,
     "target_rank": Rank,

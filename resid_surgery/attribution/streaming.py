@@ -34,8 +34,8 @@ def stream(scorers: Sequence[Scorer], b: int, step: Progress) -> list[Float[Tens
         else:
             assert isinstance(one, Streamed)
             waiting[i] = one
-    for where in dict.fromkeys(one.where for one in waiting.values()):
-        group = {i: one for i, one in waiting.items() if one.where == where}
+    for block in dict.fromkeys(id(one.blocks[b]) for one in waiting.values()):
+        group = {i: one for i, one in waiting.items() if id(one.blocks[b]) == block}
         first = next(iter(group.values()))
         parts: dict[int, list[Tensor]] = {i: [] for i in group}
         ranked = any(isinstance(one, Rank) for one in group.values())
@@ -80,7 +80,7 @@ def chunks(readout: Readout, block: Block, members: Int[Tensor, " n"]) -> Iterab
     amounts = c.view(n, block.per_row)
     size = max(1, EVALUATE_BYTES // (readout.model.vocab_size * readout.s.element_size()))
     room: list[Tensor] = []
-    for some in torch.split(members, size):
+    for some in torch.split(members, size) if len(members) else ():
         directions = block.direction(some)
         if not room or room[0].shape[1] != len(some):  # kept from chunk to chunk: fresh pages cost as much as products
             shape = (readout.model.vocab_size, len(some))
