@@ -1,7 +1,7 @@
 # %% [markdown]
 # # The addition test: which score finds the subvalues that raise the target's probability?
 # In every layer, the ten subvalues that a score likes best are added to the layer's state: by how much does p(target)
-# rise? (Table 1 of the paper's first version.) Two controls: ten at random, and everything that the sublayer adds.
+# rise? (Table 1 of the paper's first version.) Two controls: ten at random, and all of the layer's.
 # By log-prob increase and by probability increase the same ten win in every layer: they share its state.
 
 # %%

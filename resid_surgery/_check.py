@@ -40,6 +40,13 @@ def whole(
     return number
 
 
+def wholes(name: str, values: Any, low: int, high: int | None = None) -> list[int]:
+    """A sequence of whole numbers within low..high."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise ArgumentError(message(name, "a sequence of whole numbers", values))
+    return [whole(name, one, low, high) for one in values]
+
+
 def index_of(value: Any) -> int | None:
     """`value` as an int if it is a whole number by type (numpy and torch scalars too), else None."""
     if isinstance(value, (bool, str, bytes)):

@@ -149,8 +149,11 @@ def locate_each(
     _check.layers(layers, model.anatomy.n_layers, model=model.name)
     _check_worst(worst)
     bound = bound_prompts(model, prompts)
-    for one in bound:
-        need_competitors(model, [wanted], versus_of(model, one, versus))
+    for number, one in enumerate(bound):
+        try:
+            need_competitors(model, [wanted], versus_of(model, one, versus))
+        except ResidSurgeryError as error:
+            raise type(error)(f"prompt {number}: {error}") from error
     return _each(model, bound, k, kind, wanted, worst, norm, layers, versus, progress)
 
 

@@ -59,7 +59,11 @@ def prompts_of(file: Path) -> list[Any]:
     import resid_surgery as rs
 
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")  # other line ends may stand inside JSON strings
+    except UnicodeDecodeError as error:
+        raise rs.PromptError(f"{file} must be a text of JSON lines in UTF-8; {error.reason}.") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

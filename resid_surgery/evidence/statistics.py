@@ -31,7 +31,7 @@ def bootstrap(
         against: levels of some `by` columns, such as ``{"score": "log_prob_increase"}``: adds the mean difference of
             each group from its counterpart with these levels, paired by unit, with an interval of its own (missing
             where there is no counterpart).
-        confidence: of the intervals. resamples, seed: of the bootstrap (BCa).
+        confidence: of the intervals. Units without a value are left out. resamples, seed: of the bootstrap (BCa).
 
     Returns:
         Columns: `by`, mean, low, high, n (units); with `against` also difference, difference_low, difference_high. An
@@ -50,7 +50,14 @@ def bootstrap(
             raise ArgumentError(
                 _check.message("by, value, unit, against", f"columns of the table, as {name!r} is not", name)
             )
+    if not groups or unit in groups or not pd.api.types.is_numeric_dtype(table[value]):
+        raise ArgumentError(
+            _check.message(
+                "by, unit, value", "groups other than the unit, and a column of numbers", (groups, unit, value)
+            )
+        )
     _check.whole("resamples", resamples, 100)
+    _check.whole("seed", seed, 0)
     if not 0 < _check.finite("confidence", confidence) < 1:
         raise ArgumentError(_check.message("confidence", "between 0 and 1", confidence))
     for name, level in (against or {}).items():
@@ -59,12 +66,12 @@ def bootstrap(
                 _check.message("against", "levels of columns in `by` that the table has", dict(against or {}))
             )
     means = table.groupby([*groups, unit], sort=False, dropna=False)[value].mean()
-    cells = means.reset_index()
+    cells = means.dropna().reset_index()
     out = []
     for key, one in cells.groupby(groups, sort=False, dropna=False):
         named = dict(zip(groups, key if isinstance(key, tuple) else (key,), strict=True))
         row = named | _interval(one[value], confidence, resamples, seed, "")
-        if against is not None:
+        if against:
             pair = _counterpart(cells, named | dict(against), groups)
             both = one.set_index(unit)[value].sub(pair.set_index(unit)[value]).dropna()
             row |= _interval(both, confidence, resamples, seed, "difference")

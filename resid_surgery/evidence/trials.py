@@ -29,6 +29,7 @@ from resid_surgery.surgery.interventions import Zero
 from resid_surgery.surgery.sweeping import sweep
 
 TEN = {"10 neurons": {"neuron": 10}, "10 attention neurons": {"attn_neuron": 10}}
+WRITERS = {"neuron": ("mlp",), "layer": ("attn", "mlp")}
 RANDOM, EVERYTHING, NOTHING = "random", "everything", "nothing"
 
 
@@ -46,7 +47,7 @@ def addition_test(
     """Add the k subvalues that a score likes best to their layer's state: by how much does p(w) rise (v1, Table 1)?
 
     For each layer, x is the state before its sublayer, and the k best of the layer by each score are added to it at
-    once: p(w, x + sum v) - p(w, x). Controls: k at random, and everything that the sublayer adds.
+    once: p(w, x + sum v) - p(w, x). Controls: k at random, and all of the layer's ("everything").
 
     Args:
         model: from `resid_surgery.load`. prompts: any number. kind: as in `rs.scores`.
@@ -56,7 +57,8 @@ def addition_test(
 
     Returns:
         One row per prompt, layer and score. Columns: prompt, text, target, score (or "random", "everything"), layer,
-        part, kind, k, prob_increase, log_prob_increase (nats), prob_before (p(w, x)), norm.
+        part, kind, k (fewer where the layer has fewer), prob_increase, log_prob_increase (nats), prob_before (p(w, x)),
+        norm.
 
     Raises:
         PromptError, ArgumentError: before any forward runs.
@@ -66,13 +68,14 @@ def addition_test(
     bound, wanted, shown = _prepared(model, prompts, scores, norm, progress)
     _check.choice("kind", kind, KINDS)
     _check.whole("k", k, 1)
+    _check.whole("seed", seed, 0)
     frames = []
     with progress_bar("addition test", len(bound), shown=shown) as step:
         for number, one in enumerate(bound):
             rec = record(model, one.source)
             query = _query(rec, kind, norm, bound)
             sums = _sums(query, wanted, k, np.random.default_rng([seed, number]))
-            frames.append(_added(query, sums).assign(prompt=number, k=k, kind=kind, norm=norm, **_said(rec)))
+            frames.append(_added(query, sums, k).assign(prompt=number, kind=kind, norm=norm, **_said(rec)))
             step(one.names[one.target])
     table = pd.concat(frames, ignore_index=True)
     first = ["prompt", "text", "target", "score", "layer", "part", "kind", "k"]
@@ -99,7 +102,7 @@ def sum_of_members(block: Any) -> Tensor:
     return torch.stack([block.vectors(members).sum(0) for members in parts]).sum(0)
 
 
-def _added(query: Query, sums: dict[tuple[str, int], Tensor]) -> pd.DataFrame:
+def _added(query: Query, sums: dict[tuple[str, int], Tensor], k: int) -> pd.DataFrame:
     states = States.of(query.rec, query.places, own=query.norm == "own")
     which = torch.tensor([states.index[query.places[b]] for _, b in sums])
     increase = states.evaluate(which, torch.stack(list(sums.values()))).double().cpu().numpy()
@@ -112,6 +115,9 @@ def _added(query: Query, sums: dict[tuple[str, int], Tensor]) -> pd.DataFrame:
             "prob_increase": before * np.expm1(increase),
             "log_prob_increase": increase,
             "prob_before": before,
+            "k": [
+                min(k, query.blocks()[b].count) if name != EVERYTHING else query.blocks()[b].count for name, b in sums
+            ],
         }
     )
 
@@ -152,10 +158,13 @@ def ablation_test(
     """
     bound, wanted, shown = _prepared(model, prompts, scores, norm, progress)
     _check.whole("draws", draws, 0)
+    _check.whole("seed", seed, 0)
     _check_sets(sets)
-    places = [positions] if isinstance(positions, str) else list(positions)
+    places = [positions] if isinstance(positions, str) or not isinstance(positions, Iterable) else list(positions)
     for place in places:
         _check.choice("positions", place, ("target", "all"))
+    if not places:
+        raise ArgumentError(_check.message("positions", "at least one of target, all", places))
     frames = []
     with progress_bar("ablation test", len(bound), shown=shown) as step:
         for number, one in enumerate(bound):
@@ -238,6 +247,10 @@ def _check_sets(sets: Any) -> None:
         for kind, k in one.items():
             _check.choice("sets", kind, KINDS)
             _check.whole("sets", k, 1)
+        held = [part for kind in one for part in WRITERS.get(kind, ("attn",))]
+        if len(set(held)) != len(held):
+            must = "of kinds that do not hold one another (a head holds its attention neurons)"
+            raise ArgumentError(_check.message("sets", must, dict(one)))
 
 
 def _query(rec: Recording, kind: str, norm: str, bound: Sequence[BoundPrompt]) -> Query:

@@ -61,16 +61,18 @@ def score_against_effect(
         wanted = [one for one in wanted if one.name not in CONTRASTS]
     need_competitors(rec.model, wanted, query.versus)
     _check.choice("positions", positions, ("target", "all"))
+    _check.whole("seed", seed, 0)
     for name, value in (("best", best), ("random", random)):
         if value is not None:
             _check.whole(name, value, 0, query.count, model=rec.model.name)
     if (best is not None or random is not None) and not (best or 0) + (random or 0):
         raise ArgumentError(_check.message("best, random", "more than 0 together, or both None", (best, random)))
+    sampled = best is not None or random is not None
     need_recording(rec)
     scorers = [scorer(query, one) for one in wanted]
     lots = Numbering(query.blocks())
     sample = np.random.default_rng(seed).choice(len(lots), random or 0, replace=False)
-    if best is None and random is None:
+    if not sampled:
         members = torch.arange(len(lots))
     else:
         found = [pick(one, best).numbers for one in scorers] if best else []
@@ -89,7 +91,7 @@ def score_against_effect(
     measured = sweep(rec, rows, progress=progress)
     table = pd.DataFrame(columns)
     table.insert(3, "effect", -measured["log_prob_change"])
-    table["drawn"] = torch.isin(members, torch.from_numpy(sample)).numpy() if random is not None else True
+    table["drawn"] = torch.isin(members, torch.from_numpy(sample)).numpy() if sampled else True
     table["norm"], table["position"] = norm, rec.prompt.position
     table.attrs["candidates"] = len(lots)
     return table
@@ -113,10 +115,10 @@ def agreement(table: pd.DataFrame, *, ks: Sequence[int] = (10, 100)) -> pd.DataF
     """
     if not isinstance(table, pd.DataFrame) or not {"effect", "drawn"} <= set(table):
         raise ArgumentError(_check.message("table", "from resid_surgery.score_against_effect", type(table).__name__))
-    for k in ks:
-        _check.whole("ks", k, 1, len(table))
+    sizes = _check.wholes("ks", ks, 1, len(table))
+    table = table.reset_index(drop=True)  # labels of tables that were put together repeat
     drawn, rows = table[table["drawn"]], []
-    largest = {k: set(table["effect"].nlargest(k).index) for k in ks}
+    largest = {k: set(table["effect"].nlargest(k).index) for k in sizes}
     for name in [one for one in SCORES if one in table]:
         sign = best_first(SCORES[name])
         row: dict[str, Any] = {"score": name}
@@ -125,6 +127,6 @@ def agreement(table: pd.DataFrame, *, ks: Sequence[int] = (10, 100)) -> pd.DataF
                 float((some[name] * sign).corr(some["effect"], method="spearman")) if len(some) > 2 else np.nan
             )
         first = (table[name] * sign).sort_values(ascending=False, kind="stable").index
-        row |= {f"recall@{k}": len(largest[k] & set(first[:k])) / k for k in ks}
+        row |= {f"recall@{k}": len(largest[k] & set(first[:k])) / k for k in sizes}
         rows.append(row | {"n": len(table), "n_drawn": len(drawn)})
     return pd.DataFrame(rows)
