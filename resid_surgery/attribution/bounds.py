@@ -65,9 +65,10 @@ class Bounds:
             self.curve = (self.row_norms.square() @ p) * (2 / (3 * math.sqrt(3) * self.cap))
             self.w = w
         eps = torch.finfo(p.dtype).eps
-        self.per_length = 8 * eps * math.sqrt(rec.model.anatomy.d_model) * float(self.row_norms.max())
-        self.flat = 8 * eps * (1 + math.log(rec.model.vocab_size))
+        self.longest = float(self.row_norms.max())
+        self.per_length = 8 * eps * math.sqrt(rec.model.anatomy.d_model) * self.longest
         self.size = 8 * eps * float(torch.stack(states.bs.aminmax()).abs().max())
+        self.flat = 8 * eps * (1 + math.log(rec.model.vocab_size)) + self.size
 
     def upper(self, block: Block, state: int) -> Float[Tensor, " count"]:
         """Upper bounds (nats), rounding slack included; exactly 0 where the addend is zero."""
@@ -94,7 +95,12 @@ class Bounds:
         return self._settled(block, bound - self._slack(moved), -torch.inf)
 
     def _slack(self, moved: "Moved") -> Tensor:
-        return self.per_length * (moved.length + moved.rounding) + self.flat + self.size + 2 * moved.doubt
+        """What rounding can do to a score. It shrinks with what v moves, since C is summed as p expm1(D), unless D is a
+        difference of values of the state's size: under a soft-cap and under the own norm."""
+        length = moved.length + moved.rounding
+        apart = self.cap is None and not self.states.own
+        flat = self.flat * (length * self.longest).clamp_max(1) if apart else self.flat
+        return self.per_length * length + flat + 2 * moved.doubt
 
     def _settled(self, block: Block, bound: Tensor, hopeless: float) -> Tensor:
         bound = bound.nan_to_num(nan=hopeless, posinf=torch.inf, neginf=-torch.inf)
@@ -110,7 +116,7 @@ class Bounds:
 
     def _spread(self, block: Block, state: int, moved: "Moved") -> tuple[Tensor, Tensor]:
         """lo and hi of D over the vocabulary."""
-        most = (moved.length + moved.rounding) * self.row_norms.max()
+        most = (moved.length + moved.rounding) * self.longest
         low, high = -most, most
         table = self.ranges.of(block)
         if table is not None:

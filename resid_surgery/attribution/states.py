@@ -19,7 +19,7 @@ from torch import Tensor
 
 from resid_surgery.stream.recording import Recording
 from resid_surgery.stream.subvalues import state_of
-from resid_surgery.stream.vocabulary import Readout
+from resid_surgery.stream.vocabulary import Readout, blocked_product
 
 EVALUATE_BYTES = 32 << 20
 SAFE_EXPONENT = 40.0
@@ -160,15 +160,6 @@ class States:
         top = d.amax(0)
         total = d.sub_(top).exp_().sum(0, dtype=torch.float64)
         return (total.log() + top - self.log_z[which]).to(d.dtype)
-
-
-def blocked_product(
-    p: Float[Tensor, "vocabulary state"], d: Float[Tensor, "vocabulary n"], block: int = 512
-) -> Float[Tensor, "state n"]:
-    """p^T d, summed in blocks: one long float32 product would be off by 1e-4 over 50k rows."""
-    n = len(p) // block * block
-    left, right = (x[:n].reshape(n // block, block, x.shape[1]) for x in (p, d))
-    return torch.bmm(left.transpose(1, 2), right).sum(0) + p[n:].T @ d[n:]
 
 
 def logsumexp_(z: Float[Tensor, "n vocabulary"]) -> Float[Tensor, " n"]:

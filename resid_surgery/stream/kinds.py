@@ -4,6 +4,8 @@ Every subvalue is a coefficient times a direction. Blocks come as their sublayer
 enter the stream behind a post-norm and a multiplier ("here"), or as they reach the final stream ("final").
 """
 
+import bisect
+import itertools
 from typing import Literal
 
 import torch
@@ -38,10 +40,11 @@ def neuron_block(rec: Recording, layer: int, where: Where = "here") -> Block:
     weights = tuple(WeightRows((layer, "mlp", group.expert, where), rec.model.group_rows(layer, group.expert).rows,
                                post, group.factor) for group in groups)  # fmt: skip
     coefficient = torch.cat([rec.work(group.coefficient) for group in groups])
-    first = torch.tensor([0, *(len(one.rows) for one in weights)]).cumsum(0)
+    first = list(itertools.accumulate((len(one.rows) for one in weights), initial=0))
+    starts = torch.tensor(first)
 
     def home(i: Tensor) -> Tensor:
-        return torch.searchsorted(first, i.cpu(), right=True) - 1
+        return torch.searchsorted(starts, i.cpu(), right=True) - 1
 
     def direction(i: Tensor) -> Tensor:
         g, out = home(i), []
@@ -52,8 +55,8 @@ def neuron_block(rec: Recording, layer: int, where: Where = "here") -> Block:
         return post.push(out[0] if len(weights) == 1 else torch.cat(out)[order.to(rec.model.device)])
 
     def site(i: int) -> Site:
-        b = int(home(torch.tensor([i])))
-        return neuron_site(layer, groups[b].expert, i - int(first[b]))
+        b = bisect.bisect_right(first, i) - 1
+        return neuron_site(layer, groups[b].expert, i - first[b])
 
     def project(g: Tensor) -> Tensor:
         pulled = post.pull(g)

@@ -19,6 +19,7 @@ from resid_surgery.models.prompts import token_text
 from resid_surgery.stream.recording import Recording
 
 CHUNK_BYTES = 64 << 20
+LANES = 16
 
 
 @final
@@ -73,14 +74,20 @@ class Readout:
         self, h: Float[Tensor, "n d_model"], out: Float[Tensor, "vocabulary n"] | None = None
     ) -> Float[Tensor, "vocabulary n"]:
         """W_U h^T: `product` with the vocabulary first, which is the faster order; into `out` where it can."""
-        w = self.model.unembedding
-        return torch.mm(w, h.T, out=out) if w.dtype == h.dtype else self.product(h).T.contiguous()
+        w, n = self.model.unembedding, len(h)
+        if w.dtype != h.dtype:
+            return self.product(h).T.contiguous()
+        if out is not None or n % LANES == 0:
+            return torch.mm(w, h.T, out=out)
+        padded = torch.nn.functional.pad(h, (0, 0, 0, -n % LANES))  # an odd number of columns takes half as long again
+        return torch.mm(w, padded.T)[:, :n].contiguous()
 
     def mix(self, p: Float[Tensor, "n vocabulary"]) -> Float[Tensor, "n d_model"]:
         """p W_U: the unembedding rows averaged with weights p, sliced like `product`."""
         w = self.model.unembedding
         if w.dtype == p.dtype:
-            return p @ w
+            least = w.numel() * len(p) * w.element_size() // CHUNK_BYTES  # block sums of bounded size
+            return blocked_product(p.T, w, max(512, least))
         out = torch.zeros(p.shape[0], w.shape[1], dtype=p.dtype, device=p.device)
         step = max(1, CHUNK_BYTES // (w.shape[1] * p.element_size()))
         for low in range(0, w.shape[0], step):
@@ -112,6 +119,15 @@ class Readout:
     def lens(self, x: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocabulary"]:
         """Logit lens: log p(. | x) of states read with their *own* norm; nats."""
         return torch.log_softmax(self.cap(self.state(x, own=True)), -1)
+
+
+def blocked_product(
+    p: Float[Tensor, "vocabulary state"], d: Float[Tensor, "vocabulary n"], block: int = 512
+) -> Float[Tensor, "state n"]:
+    """p^T d, summed in blocks: one long float32 product would be off by 1e-4 over 50k rows."""
+    n = len(p) // block * block
+    left, right = (x[:n].reshape(n // block, block, x.shape[1]) for x in (p, d))
+    return torch.bmm(left.transpose(1, 2), right).sum(0) + p[n:].T @ d[n:]
 
 
 def token_names(model: OpenedModel, tokens: Sequence[int]) -> list[str]:

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from resid_surgery.attribution.states import SAFE_EXPONENT, blocked_product
+from resid_surgery.attribution.states import SAFE_EXPONENT
 from resid_surgery.stream.recording import Recording
 from resid_surgery.stream.tables import bs_columns
-from resid_surgery.stream.vocabulary import Readout
+from resid_surgery.stream.vocabulary import Readout, blocked_product
 
 MEASURES = ("bs", "log_prob", "all")
 ROWS = 256

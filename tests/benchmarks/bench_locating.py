@@ -112,9 +112,9 @@ def main() -> None:
         first = {f"L{i // 1536}.N{i % 1536}" for i in rank(torch.cat(values), descending=not worst)[:100]}
         same = first == {str(site) for site in found.sites}
         print(f"   {'worst' if worst else 'best'} 100: {found.evaluations} exact evaluations; same set: {same}")
-    counted = rs.counts(rec, progress=False)
-    right = counted["helpful"].sum() == int((torch.cat(values) > 0).sum())
-    print(f"   counts: {counted['evaluations'].sum()} exact evaluations; same counts: {bool(right)}")
+    counted, scores = rs.counts(rec, progress=False), rs.scores(rec, progress=False)
+    right = (scores["log_prob_increase"] > 0).groupby(scores["layer"]).sum().tolist() == counted["helpful"].tolist()
+    print(f"   counts: {counted['evaluations'].sum()} exact evaluations; same as of all exact scores: {right}")
     report("attention neurons x source, one layer: each / per row",
            *interleaved(lambda: naive_sources(rec, 20),
                         lambda: rs.scores(rec, kind="attn_neuron_source", layers=[20], progress=False), 3))  # fmt: skip
