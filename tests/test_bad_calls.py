@@ -109,7 +109,7 @@ NO_RECORDING = r"`rec` must be a recording from resid_surgery.record; got "
 NO_INTERVENTIONS = "`interventions` must be a list of Zero, Scale, Patch, Cut, ...; got "
 THREE_LAYERS = r"`layer` must be in 0..2 for LlamaForCausalLM \(3 layers\); got 3. Count from the end with layer=-1."
 GRAINS = r"`grain` must be one of layer, head, head_source, neuron, subvalue; got "
-KINDS = r"`kind` must be one of neuron, head, head_source, attn_neuron, layer; got "
+KINDS = r"`kind` must be one of neuron, head, head_source, attn_neuron, attn_neuron_source, layer; got "
 
 # load
 bad("load nothing", lambda b: rs.load(None), ArgumentError, "`model` must be an alias, hub id, folder, .* got None")
@@ -231,7 +231,7 @@ bad("locate 41 in a layer", lambda b: rs.locate(b.rec, k=41, layers=1), Argument
 bad("locate 49 heads", lambda b: rs.locate(b.rec, k=49, kind="head_source"), ArgumentError, "There are 48 candidates")
 bad("locate heads", lambda b: rs.locate(b.rec, kind="heads"), ArgumentError, KINDS + r"'heads'. Did you mean 'head'\?")
 bad("locate by log prob", lambda b: rs.locate(b.rec, score="logprob_increase"), ArgumentError,
-    r"`score` must be one of log_prob_increase; got .* Did you mean 'log_prob_increase'\?")  # fmt: skip
+    r"`score` must be one of log_prob_increase, .*; got .* Did you mean 'log_prob_increase'\?")  # fmt: skip
 bad(
     "locate under a live norm",
     lambda b: rs.locate(b.rec, norm="live"),

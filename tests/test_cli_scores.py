@@ -164,7 +164,7 @@ def test_a_prompt_that_the_model_cannot_take_is_named(cli: Cli, model: Path, lin
     lines.write_text(lines.read_text() + json.dumps({"text": TEXT, "target": " Paris Lyon"}))
     assert "prompt 3: `target` must be one token" in one_line(cli("locate-many", *options))
     lines.write_text("\n")
-    assert "at least one prompt" in one_line(cli("locate-many", *options))
+    assert "has no prompt in it" in one_line(cli("locate-many", *options))
 
 
 @pytest.mark.usefixtures("unopened")

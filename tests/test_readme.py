@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import resid_surgery as rs
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 NUMBER = re.compile(r"-?\d+\.\d+")
 
@@ -35,10 +37,26 @@ def test_the_examples_output_is_real(smollm2):
 def test_the_benchmark_was_pasted_in():
     assert "exact top-100 / plain forward" in block("bench")
     assert "one nnsight trace each / sweep" in block("bench-surgery")
+    assert "exhaustive pass / worst 100" in block("bench-locating")
+
+
+def test_every_score_stands_in_the_tables():
+    found = re.search(r"<!-- scores -->\n(.*?)\n\n", README, re.S)
+    assert found
+    rows = {line.split("|")[1].strip().strip("`"): line.split("|")[2:-1] for line in found[1].splitlines()[2:]}
+    for name in rs.describe_scores()["score"]:
+        assert f"`{name}`" in README
+        cells = rows[name]
+        assert cells
+        for cell in cells:  # every mean stands within its interval
+            mean, low, high = (float(one) for one in re.findall(r"-?\d+\.\d+", cell))
+            assert low <= mean <= high
+    assert {"ten at random", "nothing zeroed"} < set(rows)
 
 
 @pytest.mark.parametrize(
-    "name", ["operate", "decompose", "locate", "sources", "sweep", "check", "check --all-families"]
+    "name",
+    ["operate", "decompose", "locate", "locate-many", "scores", "sources", "sweep", "check", "check --all-families"],
 )
 def test_every_command_is_named(name):
     assert f"`{name}" in README or f"resid-surgery {name}" in README

@@ -314,12 +314,10 @@ def test_bad_prompts_and_arguments_are_refused_before_any_forward(verb, forwards
     assert not forwards
 
 
-def test_sets_beyond_the_candidates_are_refused_before_anything_is_zeroed(monkeypatch):
-    monkeypatch.setattr(trials, "sweep", lambda *_, **__: pytest.fail("something was zeroed first"))
+def test_sets_beyond_the_candidates_are_refused_before_anything_is_recorded(monkeypatch):
+    monkeypatch.setattr(trials, "record", lambda *_, **__: pytest.fail("a forward ran"))
     for kind, many in (("neuron", 120), ("head_source", 60)):
-        with pytest.raises(
-            rs.ArgumentError, match=rf"`sets` must be a whole number in 1..{many} for .*; got {many + 1}"
-        ):
+        with pytest.raises(rs.ArgumentError, match=rf"`sets` must be at most {many}, .* for .*; got {many + 1}"):
             rs.ablation_test(shared("llama"), [LAST], sets={"few": {"neuron": 1}, "many": {kind: many + 1}})
 
 

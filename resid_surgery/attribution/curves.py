@@ -55,8 +55,7 @@ def probability_curve(rec: Recording, sites: Any, *, times: Any = GROWTH, norm: 
         states = States.of(rec, [place], own=norm == "own")
         grown = torch.tensor(amounts).to(v)[:, None] * v
         increase = states.evaluate(torch.zeros(len(amounts), dtype=torch.long), grown).double().cpu()
-        before = states.readout.cap(states.bs[states.token]) - states.log_z  # its p may be too small to be kept
-        log_p = float(before[0]) + increase.numpy()
+        log_p = float(states.log_p[0]) + increase.numpy()
         frames.append(
             pd.DataFrame(
                 {"site": str(one), "times": amounts, "prob": np.exp(log_p), "log_prob": log_p,

@@ -20,7 +20,7 @@ from torch import Tensor
 from resid_surgery import _check
 from resid_surgery._progress import progress as progress_bar
 from resid_surgery.attribution.catalogue import Score, check_scores
-from resid_surgery.attribution.queries import Query, need_competitors, versus_of
+from resid_surgery.attribution.queries import Query, need_candidates, need_competitors, versus_of
 from resid_surgery.attribution.scores import LONG, best_first
 from resid_surgery.attribution.scoring import Increase, Rank, Scorer, Streamed, scorer
 from resid_surgery.attribution.searching import Search
@@ -146,15 +146,16 @@ def locate_each(
     wanted = _one_score(score, norm)
     _check.choice("kind", kind, KINDS)
     _check.whole("k", k, 1)
-    _check.layers(layers, model.anatomy.n_layers, model=model.name)
+    picked = _check.layers(layers, model.anatomy.n_layers, model=model.name)
     _check_worst(worst)
     bound = bound_prompts(model, prompts)
     for number, one in enumerate(bound):
         try:
             need_competitors(model, [wanted], versus_of(model, one, versus))
+            need_candidates(model, one, kind, picked, k)
         except ResidSurgeryError as error:
             raise type(error)(f"prompt {number}: {error}") from error
-    return _each(model, bound, k, kind, wanted, worst, norm, layers, versus, progress)
+    return _each(model, bound, k, kind, wanted, worst, norm, picked, versus, progress)
 
 
 def _each(

@@ -74,6 +74,37 @@ class Query:
         return sum(block.count for block in self.blocks())
 
 
+def most_candidates(model: OpenedModel, prompt: BoundPrompt, kind: str, layers: Sequence[int]) -> int | None:
+    """How many candidates of a kind a prompt has, before it is recorded; None where routing decides."""
+    total, sources = 0, prompt.position + 1
+    for layer in layers:
+        row, size = model.block(layer), model.anatomy.sizes[layer]
+        if kind == "layer":
+            total += (row.attn_kind != "none") + (row.mlp_kind != "none")
+        elif kind == "neuron":
+            if row.mlp_kind == "experts":
+                return None
+            total += size.d_mlp if row.mlp_kind == "neurons" else 0
+        elif row.attn_kind == "attention":
+            each = size.n_heads * (size.d_head if kind.startswith("attn_neuron") else 1)
+            total += each * (sources if kind.endswith("source") else 1)
+    return total
+
+
+def need_candidates(
+    model: OpenedModel, prompt: BoundPrompt, kind: str, layers: Sequence[int], k: int, name: str = "k"
+) -> None:
+    """Refuse, before any forward, to look for more candidates than there are."""
+    most = most_candidates(model, prompt, kind, layers)
+    if most == 0:
+        model.anatomy.require(layers[0], "mlp" if kind == "neuron" else "attn", kind)
+        raise SiteError(f"`layers` {list(layers)} of {model.name} have nothing of kind '{kind}'.")
+    if most is not None and k > most:
+        raise ArgumentError(
+            _check.message(name, f"at most {most}, the candidates of kind '{kind}'", k, model=model.name)
+        )
+
+
 def versus_of(model: OpenedModel, prompt: BoundPrompt, given: Any) -> tuple[int, ...]:
     """Ids of competitors: the prompt's, or those given as a token or several."""
     if given is None:

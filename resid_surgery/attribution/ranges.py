@@ -157,6 +157,7 @@ def _merge(path: Path, fresh: dict[str, Tensor]) -> None:
             os.close(handle)
             tables = _read(path) | {name: found.contiguous() for name, found in fresh.items()}
             save_file(tables, partial, {"hash": _hash(tables)})
+            Path(partial).chmod(0o644)
             os.replace(partial, path)
             partial = None
     except (OSError, TimeoutError, SafetensorError):

@@ -15,7 +15,7 @@ from torch import Tensor
 from resid_surgery.stream.blocks import Block, WeightRows
 from resid_surgery.stream.recording import Recording
 
-MOST_TARGETS = 256
+MOST_BYTES = 256 << 20
 AT_ONCE = 128
 
 
@@ -34,7 +34,7 @@ def _true(mask: Bool[Tensor, "vocabulary n"]) -> Int[Tensor, " n"]:
     """How many of each column are true; bytes first, which is many times faster than a plain sum."""
     whole = len(mask) // AT_ONCE * AT_ONCE
     head = mask[:whole].view(torch.uint8).reshape(-1, AT_ONCE, mask.shape[1])
-    return head.sum(1, dtype=torch.uint8).sum(0) + mask[whole:].sum(0)
+    return (head.sum(1, dtype=torch.uint8).sum(0) + mask[whole:].sum(0)).int()
 
 
 def rank_of(above: Tensor, below: Tensor, sign: Tensor, vocabulary: int) -> Float[Tensor, "*n"]:
@@ -69,8 +69,8 @@ class Kept:
     def put(self, block: Block, token: int, above: Tensor, below: Tensor) -> None:
         """Keep what was counted in a block's directions."""
         first = 0
-        while len(self.kept) > MOST_TARGETS * 64:
-            self.kept.pop(next(iter(self.kept)))
+        while self.kept and sum(2 * one.nbytes for one, _ in self.kept.values()) > MOST_BYTES:
+            self.kept.pop(next(iter(self.kept)))  # the oldest
         for rows in block.weights:
             n = len(rows.rows)
             a, b, sign = above[first : first + n], below[first : first + n], _sign(rows)

@@ -13,7 +13,7 @@ from resid_surgery._progress import progress as progress_bar
 from resid_surgery.attribution.catalogue import SCORES, Score, check_scores
 from resid_surgery.attribution.queries import CONTRASTS, Query, need_competitors
 from resid_surgery.attribution.scoring import Increase, Scorer, scorer
-from resid_surgery.attribution.streaming import stream
+from resid_surgery.attribution.streaming import stream, values_of
 from resid_surgery.errors import ArgumentError
 from resid_surgery.stream.recording import Recording, need_recording
 
@@ -101,7 +101,8 @@ def counts(
 ) -> pd.DataFrame:
     """How many subvalues of each layer help the target and how many harm it (the paper's Figure 6).
 
-    Certified bounds settle the sign of most; only those whose sign they leave open are evaluated exactly.
+    Certified bounds settle the sign of most; only those whose sign they leave open are evaluated exactly. The sign of a
+    score within rounding of 0 (1e-6 nats in float32) is as good as undetermined.
 
     Args:
         rec: a recording. kind, norm, layers, versus: as in `scores`.
@@ -152,8 +153,7 @@ def _signs(found: Scorer, b: int) -> tuple[Tensor, int]:
     left = (low <= 0) & (high >= 0) & (torch.ones_like(low, dtype=torch.bool) if zero is None else ~zero)
     members = torch.nonzero(left)[:, 0].cpu()
     if len(members):
-        values = found.evaluate(torch.full_like(members, b), found.blocks[b].vectors(members))
-        signs[members.to(signs.device)] = values.sign()
+        signs[members.to(signs.device)] = values_of(found, b, members).sign().to(signs)
     return signs, len(members)
 
 

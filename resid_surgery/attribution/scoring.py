@@ -18,6 +18,7 @@ from resid_surgery.attribution.gradients import added_by, gradients_of
 from resid_surgery.attribution.queries import Query
 from resid_surgery.attribution.ranks import Kept, counts_in, rank_of
 from resid_surgery.attribution.states import States
+from resid_surgery.errors import ClosureError
 from resid_surgery.stream.blocks import Block, Square
 from resid_surgery.stream.kinds import Where
 from resid_surgery.stream.vocabulary import Readout
@@ -166,7 +167,9 @@ class Increase(Streamed):
     def _mapped(self, c: Tensor, state: Tensor) -> Tensor:
         """The score from C; rises with it, except for leave_one_out."""
         if self.score.name == "prob_increase":
-            return torch.expm1(c) * self.states.p[self.states.token][state.to(c.device)]
+            before = self.states.log_p[state.to(c.device)]
+            small = torch.expm1(c.clamp_max(1)) * before.exp()
+            return torch.where(c > 1, (before + c).clamp_max(0).exp() - before.exp(), small)
         if self.score.name == "log_prob_alone":
             return c + self.nothing
         return -c if self.removed else c
@@ -174,12 +177,26 @@ class Increase(Streamed):
     @property
     def nothing(self) -> float:
         """The score of a zero vector."""
-        return float(self.states.p[self.states.token, 0].log()) if self.score.name == "log_prob_alone" else 0.0
+        return float(self.states.log_p[0]) if self.score.name == "log_prob_alone" else 0.0
+
+    def need_finite(self, values: Tensor) -> Tensor:
+        """The scores, if they are numbers.
+
+        Raises:
+            ClosureError: some overflowed, or are not defined.
+        """
+        if bool(torch.isfinite(values).all()):
+            return values
+        raise ClosureError(
+            f"score {self.score.name!r} under the {self.query.norm} norm is not finite for "
+            f"{int((~torch.isfinite(values)).sum())} subvalues of {self.rec.model.name}: its values are beyond "
+            f"{str(values.dtype).removeprefix('torch.')}. Load the model in float64."
+        )
 
     def evaluate(self, blocks: Int[Tensor, " n"], vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, " n"]:
         """Exact scores of vectors, each as if of one of the blocks; one vocabulary product for all of them."""
         which = self.state_of[blocks]
-        return self._mapped(self.states.evaluate(which, vectors * self.sign), which)
+        return self.need_finite(self._mapped(self.states.evaluate(which, vectors * self.sign), which))
 
     def of_columns(self, b: int, chunk: "Chunk") -> Tensor:
         key = (self.where, self.score.name if self.score.name != "prob_increase" else "log_prob_increase")
@@ -187,7 +204,8 @@ class Increase(Streamed):
             out = [self._increases(int(self.state_of[b]), chunk, c) for c in chunk.coefficient.unbind(1)]
             chunk.increases[key] = torch.stack(out, 1)
         found = chunk.increases[key]
-        return self._mapped(found.flatten(), torch.full((found.numel(),), int(self.state_of[b]))).view_as(found)
+        values = self._mapped(found.flatten(), torch.full((found.numel(),), int(self.state_of[b])))
+        return self.need_finite(values).view_as(found)
 
     def _increases(self, state: int, chunk: "Chunk", c: Tensor) -> Tensor:
         some = torch.nonzero(c)[:, 0]
@@ -206,6 +224,7 @@ class Increase(Streamed):
         block, state = self.blocks[b], int(self.state_of[b])
         found = (self.limits.lower if below != self.removed else self.limits.upper)(block, state)
         found = self._mapped(found, torch.full((block.count,), state))
+        found = found.nan_to_num(nan=-torch.inf if below else torch.inf, posinf=torch.inf, neginf=-torch.inf)
         return found if block.zero is None else found.masked_fill(block.zero, self.nothing)
 
     def need_ranges(self, blocks: Sequence[Block]) -> None:
@@ -214,7 +233,7 @@ class Increase(Streamed):
         self.limits.ranges.prepare(blocks)
 
     def floor(self, b: int) -> float:
-        return float(self.states.p[self.states.token, self.state_of[b]]) if self.score.name == "prob_increase" else 1.0
+        return float(self.states.log_p[self.state_of[b]].exp()) if self.score.name == "prob_increase" else 1.0
 
 
 @final

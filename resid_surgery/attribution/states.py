@@ -114,6 +114,11 @@ class States:
         return torch.cat(out) if out else v.new_zeros(0)
 
     @property
+    def log_p(self) -> Float[Tensor, " state"]:
+        """log p(w, x) of every state, also where p itself is too small to be kept."""
+        return self.readout.cap(self.bs[self.token]) - self.log_z
+
+    @property
     def chunk(self) -> int:
         """How many vectors are evaluated at once, for bounded memory."""
         return max(1, EVALUATE_BYTES // (self.bs.shape[0] * self.bs.element_size()))
@@ -142,21 +147,32 @@ class States:
         return self._gain(torch.full((len(c),), state, device=d.device), d)
 
     def _gain(self, which: Tensor, d: Float[Tensor, "vocabulary n"]) -> Tensor:
-        """C from D, which is destroyed."""
+        """C from D, which is destroyed.
+
+        With mu = sum p D, C = (D_w - mu) - log1p(sum p (exp(D - mu) - 1)): what all tokens have in common drops out
+        before anything is exponentiated, and the sum is never negative (Jensen), so that nothing cancels. Exact for
+        small D, and C(0) = 0.
+        """
         if self.readout.model.anatomy.logit_cap is not None:
             bs = self.bs[:, which]
             d = self.readout.cap(bs + d).sub_(self.readout.cap(bs))
-        gain = d[self.token].clone()
-        if float(torch.stack(d.aminmax()).abs().max()) > SAFE_EXPONENT:
-            return gain - self._log_mean_exp(which, d)
-        d.expm1_()  # log sum p exp(D) = log1p(sum p (exp(D) - 1)): exact for small D, and C(0) = 0
         states, home = torch.unique(which, return_inverse=True)
-        sums = blocked_product(self.p[:, states], d)[home, torch.arange(d.shape[1])]
-        return gain - sums.log1p_()
+        p, columns = self.p[:, states], torch.arange(d.shape[1])
+        d -= blocked_product(p, d)[home, columns]
+        gain = d[self.token].clone()
+        far = torch.zeros_like(gain, dtype=torch.bool)
+        if d.numel() and float(torch.stack(d.aminmax()).abs().max()) > SAFE_EXPONENT:
+            far = torch.maximum(d.amax(0), -d.amin(0)) > SAFE_EXPONENT
+        beyond = self._log_mean_exp(which[far.to(which.device)], d[:, far]) if bool(far.any()) else None
+        d.expm1_()
+        logs = blocked_product(p, d)[home, columns].log1p_()
+        if beyond is not None:
+            logs[far] = beyond
+        return gain - logs
 
     def _log_mean_exp(self, which: Tensor, d: Tensor) -> Tensor:
         """log sum_i p_i exp(D_i) in the log domain, where exp would overflow or p has underflowed."""
-        d += self.readout.cap(self.bs[:, which])
+        d = d + self.readout.cap(self.bs[:, which])
         top = d.amax(0)
         total = d.sub_(top).exp_().sum(0, dtype=torch.float64)
         return (total.log() + top - self.log_z[which]).to(d.dtype)

@@ -68,12 +68,15 @@ def prompts_of(file: Path) -> list[Any]:
             continue
         try:
             one = json.loads(line)
-            found.append(prompt_of(one["text"], one["target"], one.get("versus")))
+            versus = one.get("versus")
+            found.append(prompt_of(one["text"], one["target"], [versus] if isinstance(versus, str) else versus))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise rs.PromptError(
                 f'line {number} of {file} must be {{"text": ..., "target": ...}} (and "versus": [...]); '
                 f"{type(error).__name__}: {error}."
             ) from None
+    if not found:
+        raise rs.PromptError(f"{file} has no prompt in it: one JSON object a line is wanted.")
     return found
 
 

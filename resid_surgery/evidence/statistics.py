@@ -34,8 +34,8 @@ def bootstrap(
         confidence: of the intervals. Units without a value are left out. resamples, seed: of the bootstrap (BCa).
 
     Returns:
-        Columns: `by`, mean, low, high, n (units); with `against` also difference, difference_low, difference_high. An
-        interval over fewer than two units is missing.
+        Columns: `by`, mean, low, high, n (units); with `against` also difference, difference_low, difference_high,
+        difference_n. An interval over fewer than two units is missing.
 
     Raises:
         ArgumentError: a column is missing, or no row has the levels of `against`.
@@ -50,10 +50,13 @@ def bootstrap(
             raise ArgumentError(
                 _check.message("by, value, unit, against", f"columns of the table, as {name!r} is not", name)
             )
-    if not groups or unit in groups or not pd.api.types.is_numeric_dtype(table[value]):
+    twice = len({*groups, unit, value}) != len(groups) + 2 or {"mean", "low", "high", "n"} & set(groups)
+    if not groups or twice or not pd.api.types.is_numeric_dtype(table[value]):
         raise ArgumentError(
             _check.message(
-                "by, unit, value", "groups other than the unit, and a column of numbers", (groups, unit, value)
+                "by, unit, value",
+                "different columns (none called mean, low, high or n), value one of finite numbers",
+                (groups, unit, value),
             )
         )
     _check.whole("resamples", resamples, 100)
@@ -65,6 +68,8 @@ def bootstrap(
             raise ArgumentError(
                 _check.message("against", "levels of columns in `by` that the table has", dict(against or {}))
             )
+    if np.isinf(table[value].to_numpy(dtype=float)).any():
+        raise ArgumentError(_check.message("value", "a column of finite numbers", value))
     means = table.groupby([*groups, unit], sort=False, dropna=False)[value].mean()
     cells = means.dropna().reset_index()
     out = []
@@ -74,7 +79,7 @@ def bootstrap(
         if against:
             pair = _counterpart(cells, named | dict(against), groups)
             both = one.set_index(unit)[value].sub(pair.set_index(unit)[value]).dropna()
-            row |= _interval(both, confidence, resamples, seed, "difference")
+            row |= _interval(both, confidence, resamples, seed, "difference") | {"difference_n": len(both)}
         out.append(row)
     return pd.DataFrame(out)
 

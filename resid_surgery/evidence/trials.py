@@ -15,10 +15,10 @@ from resid_surgery import _check
 from resid_surgery._progress import progress as progress_bar
 from resid_surgery.attribution.catalogue import Score, check_scores
 from resid_surgery.attribution.locating import bound_prompts, pick
-from resid_surgery.attribution.queries import CONTRASTS, Query
+from resid_surgery.attribution.queries import CONTRASTS, Query, need_candidates
 from resid_surgery.attribution.scoring import scorer
 from resid_surgery.attribution.states import States
-from resid_surgery.errors import ArgumentError
+from resid_surgery.errors import ArgumentError, ResidSurgeryError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import BoundPrompt, Prompt
 from resid_surgery.sites import Site
@@ -106,7 +106,7 @@ def _added(query: Query, sums: dict[tuple[str, int], Tensor], k: int) -> pd.Data
     states = States.of(query.rec, query.places, own=query.norm == "own")
     which = torch.tensor([states.index[query.places[b]] for _, b in sums])
     increase = states.evaluate(which, torch.stack(list(sums.values()))).double().cpu().numpy()
-    before = states.p[states.token][which].double().cpu().numpy()
+    before = states.log_p.double().exp()[which].cpu().numpy()
     return pd.DataFrame(
         {
             "score": [name for name, _ in sums],
@@ -165,6 +165,13 @@ def ablation_test(
         _check.choice("positions", place, ("target", "all"))
     if not places:
         raise ArgumentError(_check.message("positions", "at least one of target, all", places))
+    every = range(model.anatomy.n_layers)
+    for number, one in enumerate(bound):
+        for kind, k in {(kind, k) for some in sets.values() for kind, k in some.items()}:
+            try:
+                need_candidates(model, one, kind, every, k, "sets")
+            except ResidSurgeryError as error:
+                raise type(error)(f"prompt {number}: {error}") from error
     frames = []
     with progress_bar("ablation test", len(bound), shown=shown) as step:
         for number, one in enumerate(bound):

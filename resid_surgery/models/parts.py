@@ -48,7 +48,8 @@ class Norm:
         """s(x) = sqrt(mean square + eps): the standard deviation for LayerNorm."""
         if not self.present:
             return torch.ones_like(x[..., :1])
-        return (self.centre(x).square().mean(-1, keepdim=True) + self.eps).sqrt()
+        s = (self.centre(x).square().mean(-1, keepdim=True) + self.eps).sqrt()
+        return torch.where(s == 0, 1.0, s)  # nothing to scale, and no eps: N(0) = 0
 
     def linear(self, v: Float[Tensor, "*n d_model"], s: Tensor) -> Float[Tensor, "*n d_model"]:
         """The frozen norm gain * centre(v) / s: linear in v, without the bias."""

@@ -139,8 +139,8 @@ def gradients(model: OpenedModel, ids: Tensor, taps: Sequence[Tap], *, at: int, 
         UnsupportedModelError: a part of the model cannot be differentiated, or does not lead to the logits.
     """
     plan = sorted(set(taps), key=lambda tap: tap.when(model))
-    with model.lock, _trace_lock, torch.enable_grad():
-        traced = _differentiable(model)
+    with model.lock, _trace_lock, torch.inference_mode(False), torch.enable_grad():
+        traced, ids = _differentiable(model), ids.clone()
         places = [_place_of(traced, model, tap) for tap in plan]
         start = _place_of(traced, model, Tap("block_in", 0))[0]
         try:

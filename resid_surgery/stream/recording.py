@@ -302,8 +302,20 @@ def _every(model: OpenedModel, values: Values, name: TapName, layer: int) -> Ten
     return found[0] if name == "block_in" else scaled(model, layer, name.removesuffix("_add"), found[0])
 
 
+def refuse_autocast() -> None:
+    """Refuse to compute where torch.autocast would round every product behind our back.
+
+    Raises:
+        ArgumentError: it is on.
+    """
+    on = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    if on:
+        raise ArgumentError(f"torch.autocast is on for {on[0]}: sums would not close. Leave it, or load with dtype=.")
+
+
 def need_model(model: Any) -> None:
     """Refuse anything but an opened model, with the way to get one."""
+    refuse_autocast()
     if not isinstance(model, OpenedModel):
         raise ArgumentError(message("model", "a model from resid_surgery.load", model, do="Call rs.load(...) first."))
 
@@ -311,6 +323,7 @@ def need_model(model: Any) -> None:
 def need_recording(rec: Any) -> None:
     """Refuse anything but a fresh recording."""
     be_recording(rec)
+    refuse_autocast()
     rec.require_fresh()
 
 

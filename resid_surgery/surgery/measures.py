@@ -38,8 +38,8 @@ def entropy(logits: Float[Tensor, " vocabulary"]) -> float:
 class Meter:
     """Measures many final streams against a clean one, a block of rows at a time.
 
-    With D the change of every logit: log p(w) changes by D_w - log sum p0 e^D, and KL = log sum p0 e^D - sum p0 D,
-    both without cancellation for small changes.
+    With D the change of every logit, less what all have in common: log p(w) changes by D_w - log sum p0 e^D, and
+    KL = log sum p0 e^D - sum p0 D, both without cancellation for small changes and for large common ones.
 
     Attributes:
         rec: the recording. measure: "bs" (no product with the vocabulary), "log_prob" or "all".
@@ -58,6 +58,7 @@ class Meter:
         self.bs, self.logits = work(rec.bs_values), work(rec.logits)
         self.log_p = torch.log_softmax(self.logits.double(), -1).to(self.logits)
         self.p = self.log_p.exp()
+        self.centre = self.readout.mix(self.p[None])[0]
         self.block = max(1, BLOCK_BYTES // (ROWS * self.p.element_size()))
 
     def clean(self) -> dict[str, float]:
@@ -86,16 +87,18 @@ class Meter:
     def _vocabulary(self, moved: Tensor) -> dict[str, Tensor]:
         """What needs every logit; the vocabulary is passed a block at a time, nothing of its size is held."""
         n, w, everything = len(moved), self.tokens[0], self.measure == "all"
-        gain = self._changes(moved, slice(w, w + 1))[0, :n]
+        common = self._common(moved)
+        raw = self._changes(moved, slice(w, w + 1))[0, :n]
+        gain = raw - common
         sums = _Sums(n, self.p)
         for low in range(0, len(self.p), self.block):
             here = slice(low, low + self.block)
             d, p = self._changes(moved, here)[:, :n], self.p[here]
             if low <= w < low + self.block:
-                d[w - low] = gain  # to the bit, or the target would stand above itself
+                d[w - low] = raw  # to the bit, or the target would stand above itself
             if everything:
-                sums.rank(self.logits[here, None] + d, self.logits[w] + gain, low)
-            sums.add(d, p, self.log_p[here], everything)
+                sums.rank(self.logits[here, None] + d, self.logits[w] + raw, low)
+            sums.add(d.sub_(common), p, self.log_p[here], everything)
         log_z = sums.log_z()
         columns = {"log_prob": self.log_p[w] + gain - log_z, "log_prob_change": gain - log_z}
         columns["prob"] = columns["log_prob"].exp()
@@ -103,6 +106,15 @@ class Meter:
         if everything:
             columns |= {"rank": 1 + sums.above, "top_id": sums.best, "entropy": sums.entropy(log_z)}
         return columns
+
+    def _common(self, moved: Tensor) -> Float[Tensor, " n"]:
+        """What is taken off every change of a row before it is exponentiated: it drops out of probabilities, and
+        without it sums would cancel. The mean under p0, so that no sum is negative (Jensen); under a soft-cap, whose
+        changes have no mean at this price, the change of the clean run's top token."""
+        if self.rec.model.anatomy.logit_cap is None:
+            return moved @ self.centre
+        top = int(self.p.argmax())
+        return self._changes(moved, slice(top, top + 1))[0, : len(moved)]
 
     def _changes(self, moved: Tensor, here: slice) -> Float[Tensor, "token n"]:
         """How some tokens' logits change: W_U moved, through the soft-cap where there is one.
