@@ -18,7 +18,7 @@ from resid_surgery.models import anatomy
 from resid_surgery.models.experts import Experts
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.zoo import tiny
-from resid_surgery.stream import records, subvalues
+from resid_surgery.stream import kinds, records
 from resid_surgery.stream.vocabulary import Readout
 
 
@@ -85,7 +85,7 @@ def wrong_groups(layout, monkeypatch):
     def tiled(kv, n_heads):
         return kv.repeat(n_heads // kv.shape[0], *[1] * (kv.ndim - 1))
 
-    monkeypatch.setattr(subvalues, "repeat_kv", tiled)
+    monkeypatch.setattr(kinds, "repeat_kv", tiled)
     return layout
 
 
