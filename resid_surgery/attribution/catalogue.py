@@ -38,6 +38,10 @@ class Score:
     note: str
     source: str
 
+    def sign(self, *, worst: bool = False) -> int:
+        """1 where larger scores come first, -1 where smaller ones do."""
+        return 1 if (self.best == "highest") != worst else -1
+
 
 _PAPER = "Yu & Ananiadou, arXiv 2312.12141"
 _LIST = (

@@ -101,7 +101,7 @@ def cumulated(rec: Recording, *, layer: int, kind: str = "neuron", norm: str = "
     need_recording(rec)
     found = scorer(query, SCORES["log_prob_increase"])
     assert isinstance(found, Increase)
-    (values,) = stream([found], 0, lambda **_: None)
+    (values,) = stream([found], 0)
     block, order = found.blocks[0], torch.argsort(values, stable=True).cpu()
     sums, total = [], None
     for members in torch.split(order, found.states.chunk):

@@ -20,14 +20,21 @@ from torch import Tensor
 from resid_surgery import _check
 from resid_surgery._progress import progress as progress_bar
 from resid_surgery.attribution.catalogue import Score, check_scores
-from resid_surgery.attribution.queries import Query, need_candidates, need_competitors, versus_of
-from resid_surgery.attribution.scores import LONG, best_first
+from resid_surgery.attribution.queries import (
+    Query,
+    bound_prompts,
+    need_candidates,
+    need_competitors,
+    numbered,
+    versus_of,
+)
+from resid_surgery.attribution.scores import LONG
 from resid_surgery.attribution.scoring import Increase, Rank, Scorer, Streamed, scorer
 from resid_surgery.attribution.searching import Search
 from resid_surgery.attribution.streaming import stream
-from resid_surgery.errors import ArgumentError, ResidSurgeryError
+from resid_surgery.errors import ArgumentError
 from resid_surgery.models.opening import OpenedModel
-from resid_surgery.models.prompts import BoundPrompt, Prompt, bind
+from resid_surgery.models.prompts import BoundPrompt, Prompt
 from resid_surgery.sites import Site
 from resid_surgery.stream.blocks import Numbering
 from resid_surgery.stream.recording import Recording, need_model, need_recording, record
@@ -150,11 +157,9 @@ def locate_each(
     _check_worst(worst)
     bound = bound_prompts(model, prompts)
     for number, one in enumerate(bound):
-        try:
+        with numbered(number):
             need_competitors(model, [wanted], versus_of(model, one, versus))
             need_candidates(model, one, kind, picked, k)
-        except ResidSurgeryError as error:
-            raise type(error)(f"prompt {number}: {error}") from error
     return _each(model, bound, k, kind, wanted, worst, norm, picked, versus, progress)
 
 
@@ -170,12 +175,11 @@ def _each(
     versus: Any,
     progress: bool | None,
 ) -> Iterator[Located]:
-    targets = tuple(dict.fromkeys(one.target for one in bound))
+    targets = [one.target for one in bound]  # their ranks are counted in one pass
     with progress_bar("locating", len(bound), shown=progress if progress is not None else len(bound) > 1) as step:
         for one in bound:
             rec = record(model, one.source)
-            query = Query.of(rec, kind, norm, layers, versus)
-            query.also = targets  # ranks of all targets are counted in one pass
+            query = Query.of(rec, kind, norm, layers, versus, targets)
             _check.whole("k", k, 1, query.count, model=model.name)
             found = _located(scorer(query, wanted), k, worst=worst, shown=progress)
             del rec, query  # before the next one is recorded
@@ -205,11 +209,8 @@ def locate_many(model: OpenedModel, prompts: Iterable[Prompt], **options: Any) -
     """
     frames = []
     for number, found in enumerate(locate_each(model, prompts, **options)):
-        source = found.prompt.source
-        said = source.text if source.text is not None else " ".join(map(str, found.prompt.ids))
-        named: dict[str, Any] = {"prompt": number, "text": said, "target": found.prompt.names[found.prompt.target]}
         table = found.table.copy()
-        for at, (name, value) in enumerate(named.items()):
+        for at, (name, value) in enumerate(({"prompt": number} | found.prompt.said()).items()):
             table.insert(at, name, value)
         table["evaluations"], table["candidates"], table["proof"] = found.evaluations, found.candidates, found.proof
         frames.append(table)
@@ -225,21 +226,6 @@ def _one_score(given: Any, norm: Any) -> Score:
 def _check_worst(worst: Any) -> None:
     if not isinstance(worst, bool):
         raise ArgumentError(_check.message("worst", "True or False", worst))
-
-
-def bound_prompts(model: OpenedModel, prompts: Any) -> list[BoundPrompt]:
-    """Every prompt, bound; what is wrong with one is said with its number."""
-    if isinstance(prompts, (Prompt, str, bytes)) or not isinstance(prompts, Iterable):
-        raise ArgumentError(_check.message("prompts", "a sequence of prompts", prompts))
-    bound = []
-    for number, one in enumerate(prompts):
-        try:
-            bound.append(bind(one, model.tokenizer, model))
-        except ResidSurgeryError as error:
-            raise type(error)(f"prompt {number}: {error}") from error
-    if not bound:
-        raise ArgumentError(_check.message("prompts", "at least one prompt", list(bound)))
-    return bound
 
 
 def _located(scored: Scorer, k: int, *, worst: bool, shown: bool | None = None) -> Located:
@@ -265,12 +251,11 @@ class Picked:
     """The first k candidates of some blocks of a scorer.
 
     Attributes:
-        numbering: of the blocks' members. blocks: their numbers. numbers: the chosen, first one first.
+        numbering: of the blocks' members. numbers: the chosen, first one first.
         values: their scores. evaluations: passes over the vocabulary.
     """
 
     numbering: Numbering
-    blocks: list[int]
     numbers: list[int]
     values: list[float]
     evaluations: int
@@ -282,7 +267,7 @@ def pick(
     """The first k candidates by a score, of all blocks or of some."""
     chosen = list(range(len(scored.blocks))) if blocks is None else list(blocks)
     members = [scored.blocks[b] for b in chosen]
-    numbering, sign = Numbering(members), best_first(scored.score, worst=worst)
+    numbering, sign = Numbering(members), scored.score.sign(worst=worst)
     eps = 8 * torch.finfo(scored.rec.model.work_dtype).eps
     floors = [torch.full((one.count,), scored.floor(b)) for b, one in zip(chosen, members, strict=True)]
     if isinstance(scored, Increase):
@@ -303,7 +288,7 @@ def pick(
         found, evaluations = _everything(scored, chosen, step)
         search = Search(found * sign, torch.cat(floors).double(), eps)
         first = search.first(k)
-    return Picked(numbering, chosen, first, (search.known[first] * sign).tolist(), evaluations)
+    return Picked(numbering, first, (search.known[first] * sign).tolist(), evaluations)
 
 
 def _zeros(scored: Increase, b: int) -> Tensor:

@@ -1,14 +1,15 @@
 """Queries: which candidates of which recording are scored, against which competitors."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 from resid_surgery import _check
 from resid_surgery.attribution.catalogue import Score
-from resid_surgery.errors import ArgumentError, SiteError
+from resid_surgery.errors import ArgumentError, ResidSurgeryError, SiteError
 from resid_surgery.models.opening import OpenedModel
-from resid_surgery.models.prompts import BoundPrompt, token_id
+from resid_surgery.models.prompts import BoundPrompt, Prompt, bind, token_id
 from resid_surgery.stream.blocks import Block
 from resid_surgery.stream.kinds import Where
 from resid_surgery.stream.recording import Recording, be_recording
@@ -23,7 +24,8 @@ class Query:
     """What is scored: the candidates of one kind in some layers of one recording.
 
     Attributes:
-        rec, kind, layers, norm. versus: competitors' ids, for the scores that have some.
+        rec, kind, layers, norm. versus: competitors' ids, for the scores that have some. also: other targets whose
+            ranks are counted in the same pass.
     """
 
     rec: Recording
@@ -35,7 +37,7 @@ class Query:
     _kept: dict[str, list[tuple[int, str, Block]]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rec: Any, kind: Any, norm: str, layers: Any, versus: Any = None) -> "Query":
+    def of(cls, rec: Any, kind: Any, norm: str, layers: Any, versus: Any = None, also: Iterable[int] = ()) -> "Query":
         """A query from a verb's arguments.
 
         Raises:
@@ -44,10 +46,9 @@ class Query:
         _check.choice("kind", kind, KINDS)
         be_recording(rec)
         picked = _check.layers(layers, rec.model.anatomy.n_layers, model=rec.model.name)
-        query = cls(rec, kind, picked, norm, versus_of(rec.model, rec.prompt, versus))
+        query = cls(rec, kind, picked, norm, versus_of(rec.model, rec.prompt, versus), tuple(dict.fromkeys(also)))
         if not query.places:
-            rec.model.anatomy.require(picked[0], "mlp" if kind == "neuron" else "attn", kind)
-            raise SiteError(f"`layers` {list(picked)} of {rec.model.name} have nothing of kind '{kind}'.")
+            _refuse_nothing(rec.model, kind, picked)
         return query
 
     def found(self, where: Where = "here") -> list[tuple[int, str, Block]]:
@@ -97,12 +98,38 @@ def need_candidates(
     """Refuse, before any forward, to look for more candidates than there are."""
     most = most_candidates(model, prompt, kind, layers)
     if most == 0:
-        model.anatomy.require(layers[0], "mlp" if kind == "neuron" else "attn", kind)
-        raise SiteError(f"`layers` {list(layers)} of {model.name} have nothing of kind '{kind}'.")
+        _refuse_nothing(model, kind, layers)
     if most is not None and k > most:
         raise ArgumentError(
             _check.message(name, f"at most {most}, the candidates of kind '{kind}'", k, model=model.name)
         )
+
+
+def _refuse_nothing(model: OpenedModel, kind: str, layers: Sequence[int]) -> NoReturn:
+    model.anatomy.require(layers[0], "mlp" if kind == "neuron" else "attn", kind)
+    raise SiteError(f"`layers` {list(layers)} of {model.name} have nothing of kind '{kind}'.")
+
+
+def bound_prompts(model: OpenedModel, prompts: Any) -> list[BoundPrompt]:
+    """Every prompt, bound; what is wrong with one is said with its number."""
+    if isinstance(prompts, (Prompt, str, bytes)) or not isinstance(prompts, Iterable):
+        raise ArgumentError(_check.message("prompts", "a sequence of prompts", prompts))
+    bound = []
+    for number, one in enumerate(prompts):
+        with numbered(number):
+            bound.append(bind(one, model.tokenizer, model))
+    if not bound:
+        raise ArgumentError(_check.message("prompts", "at least one prompt", bound))
+    return bound
+
+
+@contextmanager
+def numbered(number: int) -> Iterator[None]:
+    """Says which of many prompts an error is about."""
+    try:
+        yield
+    except ResidSurgeryError as error:
+        raise type(error)(f"prompt {number}: {error}") from error
 
 
 def versus_of(model: OpenedModel, prompt: BoundPrompt, given: Any) -> tuple[int, ...]:

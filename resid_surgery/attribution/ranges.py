@@ -9,6 +9,7 @@ certificate (see `bounds`) needs it.
 
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
@@ -30,6 +31,7 @@ from resid_surgery.stream.vocabulary import Readout
 
 LOCK_SECONDS = 30.0
 SPOT_ROWS = 1
+SPOT_ERROR = 2e-5  # what rounding does to a row computed in other company; bounds have that much room
 SLOW_ROWS = 2000
 WORTH_KEEPING = 1e10
 
@@ -109,7 +111,7 @@ class Ranges:
         one = WeightRows(rows.key, rows.rows[at : at + SPOT_ROWS], rows.post)
         again = self._computed(one, lambda done: None).cpu()
         kept = found[:, at : at + SPOT_ROWS].to(again)
-        return bool((again - kept).abs().max() <= 1e-4 * again.abs().max().clamp_min(1e-30))
+        return bool((again - kept).abs().max() <= SPOT_ERROR * again.abs().max().clamp_min(1e-30))
 
 
 def table_file(rec: Recording) -> Path:
@@ -146,7 +148,7 @@ def _hash(tables: Mapping[str, Tensor]) -> str:
 
 
 def _merge(path: Path, fresh: dict[str, Tensor]) -> None:
-    """Add to the file, whole or not at all; a cache folder that cannot be written only costs time."""
+    """Add to the file, whole or not at all; a cache folder that cannot be written only costs time, and is named."""
     if not fresh:
         return
     partial = None
@@ -160,8 +162,8 @@ def _merge(path: Path, fresh: dict[str, Tensor]) -> None:
             Path(partial).chmod(0o644)
             os.replace(partial, path)
             partial = None
-    except (OSError, TimeoutError, SafetensorError):
-        pass
+    except (OSError, TimeoutError, SafetensorError) as error:
+        warnings.warn(f"the ranges of value vectors are not kept for next time in {path.parent}: {error}", stacklevel=2)
     finally:
         if partial is not None:
             Path(partial).unlink(missing_ok=True)

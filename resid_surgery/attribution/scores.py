@@ -10,10 +10,10 @@ from torch import Tensor
 
 from resid_surgery import _check
 from resid_surgery._progress import progress as progress_bar
-from resid_surgery.attribution.catalogue import SCORES, Score, check_scores
+from resid_surgery.attribution.catalogue import SCORES, check_scores
 from resid_surgery.attribution.queries import CONTRASTS, Query, need_competitors
 from resid_surgery.attribution.scoring import Increase, Scorer, scorer
-from resid_surgery.attribution.streaming import stream, values_of
+from resid_surgery.attribution.streaming import stream
 from resid_surgery.errors import ArgumentError
 from resid_surgery.stream.recording import Recording, need_recording
 
@@ -145,7 +145,7 @@ def counts(
 def _signs(found: Scorer, b: int) -> tuple[Tensor, int]:
     """Signs of a block's scores, and how many exact evaluations they took."""
     if not isinstance(found, Increase):
-        (values,) = stream([found], b, lambda **_: None)
+        (values,) = stream([found], b)
         return values.sign(), 0
     low, high = found.bounds(b, below=True), found.bounds(b, below=False)
     signs = (low > 0).to(low) - (high < 0).to(low)
@@ -153,7 +153,8 @@ def _signs(found: Scorer, b: int) -> tuple[Tensor, int]:
     left = (low <= 0) & (high >= 0) & (torch.ones_like(low, dtype=torch.bool) if zero is None else ~zero)
     members = torch.nonzero(left)[:, 0].cpu()
     if len(members):
-        signs[members.to(signs.device)] = values_of(found, b, members).sign().to(signs)
+        (values,) = stream([found], b, members=members)
+        signs[members.to(signs.device)] = values.sign()
     return signs, len(members)
 
 
@@ -170,15 +171,10 @@ def _bounded(scorers: Sequence[Scorer], b: int) -> dict[str, np.ndarray]:
             columns[f"{name}_lower"] = _numbers(one.bounds(b, below=True))
             columns[f"{name}_upper"] = _numbers(one.bounds(b, below=False))
         else:
-            (values,) = stream([one], b, lambda **_: None)
+            (values,) = stream([one], b)
             columns[f"{name}_lower"] = columns[f"{name}_upper"] = _numbers(values)
     return columns
 
 
 def _numbers(values: Tensor) -> np.ndarray:
     return values.double().cpu().numpy()
-
-
-def best_first(score: Score, *, worst: bool = False) -> int:
-    """1 where larger scores come first, -1 where smaller ones do."""
-    return 1 if (score.best == "highest") != worst else -1

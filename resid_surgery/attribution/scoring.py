@@ -4,6 +4,7 @@ A `Scorer` scores in one way: all candidates of a block by a matrix-vector produ
 through the vocabulary (`Streamed`; see `streaming`), and then perhaps some candidates by number or between bounds.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import final
@@ -141,6 +142,8 @@ class Gradient(Linear):
 class Streamed(Scorer):
     """A score that takes a pass over the vocabulary for every direction."""
 
+    nothing: float = math.nan  # the score of a zero vector, where that needs no pass
+
     def of_columns(self, b: int, chunk: "Chunk") -> Float[Tensor, "n per_row"]:
         """Exact scores of the members of some directions of block b."""
         raise NotImplementedError
@@ -163,6 +166,7 @@ class Increase(Streamed):
         self.sign = -1.0 if self.removed else 1.0
         self.state_of = torch.tensor([self.states.index[place] for place in self.query.places])
         self.limits: Bounds | None = None
+        self.nothing = float(self.states.log_p[0]) if name == "log_prob_alone" else 0.0
 
     def _mapped(self, c: Tensor, state: Tensor) -> Tensor:
         """The score from C; rises with it, except for leave_one_out."""
@@ -173,11 +177,6 @@ class Increase(Streamed):
         if self.score.name == "log_prob_alone":
             return c + self.nothing
         return -c if self.removed else c
-
-    @property
-    def nothing(self) -> float:
-        """The score of a zero vector."""
-        return float(self.states.log_p[0]) if self.score.name == "log_prob_alone" else 0.0
 
     def need_finite(self, values: Tensor) -> Tensor:
         """The scores, if they are numbers.
@@ -264,9 +263,9 @@ class Rank(Streamed):
         above, below = self.seen[w][-1]
         return self._values(b, above, below, torch.ones_like(above), chunk.coefficient)
 
-    def finish(self, b: int) -> None:
-        """Keep what was counted in block b."""
-        for token, pairs in self.seen.items():
+    def finish(self, b: int, *, keep: bool) -> None:
+        """Keep what was counted in block b, if that is all of it."""
+        for token, pairs in self.seen.items() if keep else ():
             above, below = (torch.cat(one) for one in zip(*pairs, strict=True))
             self.counts.put(self.blocks[b], token, above, below)
         self.seen = {}

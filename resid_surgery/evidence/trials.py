@@ -14,15 +14,15 @@ from torch import Tensor
 from resid_surgery import _check
 from resid_surgery._progress import progress as progress_bar
 from resid_surgery.attribution.catalogue import Score, check_scores
-from resid_surgery.attribution.locating import bound_prompts, pick
-from resid_surgery.attribution.queries import CONTRASTS, Query, need_candidates
+from resid_surgery.attribution.locating import pick
+from resid_surgery.attribution.queries import CONTRASTS, Query, bound_prompts, need_candidates, numbered
 from resid_surgery.attribution.scoring import scorer
 from resid_surgery.attribution.states import States
-from resid_surgery.errors import ArgumentError, ResidSurgeryError
+from resid_surgery.errors import ArgumentError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import BoundPrompt, Prompt
 from resid_surgery.sites import Site
-from resid_surgery.stream.blocks import Numbering
+from resid_surgery.stream.blocks import Numbering, sum_of
 from resid_surgery.stream.recording import Recording, need_model, record
 from resid_surgery.stream.subvalues import KINDS
 from resid_surgery.surgery.interventions import Zero
@@ -73,9 +73,9 @@ def addition_test(
     with progress_bar("addition test", len(bound), shown=shown) as step:
         for number, one in enumerate(bound):
             rec = record(model, one.source)
-            query = _query(rec, kind, norm, bound)
+            query = Query.of(rec, kind, norm, None, also=[other.target for other in bound])
             sums = _sums(query, wanted, k, np.random.default_rng([seed, number]))
-            frames.append(_added(query, sums, k).assign(prompt=number, kind=kind, norm=norm, **_said(rec)))
+            frames.append(_added(query, sums, k).assign(prompt=number, kind=kind, norm=norm, **one.said()))
             step(one.names[one.target])
     table = pd.concat(frames, ignore_index=True)
     first = ["prompt", "text", "target", "score", "layer", "part", "kind", "k"]
@@ -92,14 +92,8 @@ def _sums(query: Query, wanted: Sequence[Score], k: int, rng: np.random.Generato
             found[scored.score.name, b] = block.vectors(torch.tensor(numbers)).sum(0)
         drawn = torch.from_numpy(rng.choice(block.count, size, replace=False))
         found[RANDOM, b] = block.vectors(drawn).sum(0)
-        found[EVERYTHING, b] = sum_of_members(block)
+        found[EVERYTHING, b] = sum_of([block])
     return found
-
-
-def sum_of_members(block: Any) -> Tensor:
-    """The sum of a block's vectors, a few thousand at a time."""
-    parts = torch.split(torch.arange(block.count), 4096)
-    return torch.stack([block.vectors(members).sum(0) for members in parts]).sum(0)
 
 
 def _added(query: Query, sums: dict[tuple[str, int], Tensor], k: int) -> pd.DataFrame:
@@ -168,10 +162,8 @@ def ablation_test(
     every = range(model.anatomy.n_layers)
     for number, one in enumerate(bound):
         for kind, k in {(kind, k) for some in sets.values() for kind, k in some.items()}:
-            try:
+            with numbered(number):
                 need_candidates(model, one, kind, every, k, "sets")
-            except ResidSurgeryError as error:
-                raise type(error)(f"prompt {number}: {error}") from error
     frames = []
     with progress_bar("ablation test", len(bound), shown=shown) as step:
         for number, one in enumerate(bound):
@@ -180,7 +172,7 @@ def ablation_test(
             for named, sites in _chosen(rec, sets, wanted, norm, draws, np.random.default_rng([seed, number]), bound):
                 rows += [(named | {"positions": at}, Zero(sites, positions=at)) for at in places]
             table = sweep(rec, rows, measure="all", progress=False).rename(columns={"found_by": "score"})
-            frames.append(_with_clean(table).assign(prompt=number, norm=norm, **_said(rec)))
+            frames.append(_with_clean(table).assign(prompt=number, norm=norm, **one.said()))
             step(one.names[one.target])
     table = pd.concat(frames, ignore_index=True)
     table["reciprocal_rank"] = 1 / table["rank"]
@@ -200,7 +192,7 @@ def _chosen(
 ) -> Iterator[tuple[dict[str, Any], list[Site]]]:
     """(coordinates, sites) of every set that is zeroed."""
     most = {kind: max(one.get(kind, 0) for one in sets.values()) for kind in {k for one in sets.values() for k in one}}
-    queries = {kind: _query(rec, kind, norm, bound) for kind in sorted(most)}
+    queries = {kind: Query.of(rec, kind, norm, None, also=[other.target for other in bound]) for kind in sorted(most)}
     for kind, query in queries.items():
         most[kind] = _check.whole("sets", most[kind], 1, query.count, model=rec.model.name)
     ranked: dict[tuple[str, str], list[Site]] = {}
@@ -258,15 +250,3 @@ def _check_sets(sets: Any) -> None:
         if len(set(held)) != len(held):
             must = "of kinds that do not hold one another (a head holds its attention neurons)"
             raise ArgumentError(_check.message("sets", must, dict(one)))
-
-
-def _query(rec: Recording, kind: str, norm: str, bound: Sequence[BoundPrompt]) -> Query:
-    query = Query.of(rec, kind, norm, None)
-    query.also = tuple(dict.fromkeys(one.target for one in bound))  # ranks of all targets in one pass
-    return query
-
-
-def _said(rec: Recording) -> dict[str, str]:
-    source = rec.prompt.source
-    text = source.text if source.text is not None else " ".join(map(str, rec.prompt.ids))
-    return {"text": text, "target": rec.prompt.names[rec.prompt.target]}

@@ -8,12 +8,13 @@ import pandas as pd
 import torch
 
 from resid_surgery import _check
+from resid_surgery._progress import progress as progress_bar
 from resid_surgery.attribution.catalogue import SCORES, check_scores
 from resid_surgery.attribution.locating import pick
 from resid_surgery.attribution.queries import CONTRASTS, Query, need_competitors
-from resid_surgery.attribution.scores import best_first
+from resid_surgery.attribution.scores import LONG
 from resid_surgery.attribution.scoring import scorer
-from resid_surgery.attribution.streaming import values_of
+from resid_surgery.attribution.streaming import stream
 from resid_surgery.errors import ArgumentError
 from resid_surgery.stream.blocks import Numbering
 from resid_surgery.stream.recording import Recording, need_recording
@@ -55,8 +56,7 @@ def score_against_effect(
     Source: effect of zeroing as in Yu & Ananiadou, arXiv 2312.12141, section 5, here for every neuron.
     """
     wanted = check_scores(scores, norm)
-    query = Query.of(rec, kind, norm, None)
-    query.also = tuple(also)
+    query = Query.of(rec, kind, norm, None, also=also)
     if isinstance(scores, str) and scores == "all" and not query.versus:
         wanted = [one for one in wanted if one.name not in CONTRASTS]
     need_competitors(rec.model, wanted, query.versus)
@@ -84,9 +84,10 @@ def score_against_effect(
         "kind": kind,
         "layer": [query.places[int(b)][0] for b in home],
     }
-    for one in scorers:
-        parts = [values_of(one, b, members[home == b] - lots.first[b]) for b in sorted(set(home.tolist()))]
-        columns[one.score.name] = torch.cat(parts).numpy()
+    with progress_bar("scores", len(members), shown=progress is not False and len(members) > LONG) as step:
+        parts = [stream(scorers, b, step, members[home == b] - lots.first[b]) for b in sorted(set(home.tolist()))]
+    for one, values in zip(scorers, zip(*parts, strict=True), strict=True):
+        columns[one.score.name] = torch.cat([part.double().cpu() for part in values]).numpy()
     rows = [({"site": str(one)}, Zero(one, positions=positions)) for one in sites]
     measured = sweep(rec, rows, progress=progress)
     table = pd.DataFrame(columns)
@@ -120,7 +121,7 @@ def agreement(table: pd.DataFrame, *, ks: Sequence[int] = (10, 100)) -> pd.DataF
     drawn, rows = table[table["drawn"]], []
     largest = {k: set(table["effect"].nlargest(k).index) for k in sizes}
     for name in [one for one in SCORES if one in table]:
-        sign = best_first(SCORES[name])
+        sign = SCORES[name].sign()
         row: dict[str, Any] = {"score": name}
         for column, some in (("spearman", table), ("spearman_drawn", drawn)):
             row[column] = (

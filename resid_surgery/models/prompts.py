@@ -106,6 +106,11 @@ class BoundPrompt:
         """Target id, then the competitors' ids."""
         return (self.target, *self.versus)
 
+    def said(self) -> dict[str, str]:
+        """What a table of many prompts says of one: its text (or ids) and its target."""
+        text = self.source.text if self.source.text is not None else " ".join(map(str, self.ids))
+        return {"text": text, "target": self.names[self.target]}
+
     def roles(self) -> list[tuple[int, str, str]]:
         """(id, text, role) of the target and each competitor."""
         return [(t, self.names[t], "target" if i == 0 else "versus") for i, t in enumerate(self.readouts)]

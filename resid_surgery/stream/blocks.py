@@ -18,6 +18,8 @@ from resid_surgery.models.parts import Norm
 from resid_surgery.sites import Site
 from resid_surgery.stream.recording import Recording
 
+AT_ONCE = 4096
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -168,6 +170,11 @@ class Block:
         """(count,) True where the addend is exactly zero, as far as coefficients show it."""
         return None if self.coefficient is None else self.coefficient == 0
 
+    def total(self) -> Float[Tensor, " d_model"]:
+        """The sum of every member's vector, a few thousand at a time."""
+        parts = torch.split(torch.arange(self.count), AT_ONCE)
+        return torch.stack([self.vectors(some).sum(0) for some in parts]).sum(0)
+
     def all_vectors(self) -> Float[Tensor, "count d_model"]:
         """Every member's vector; meant for small blocks."""
         return self.vectors(torch.arange(self.count))
@@ -252,7 +259,7 @@ def multiplied(block: Block, times: Tensor | float) -> Block:
 
 def sum_of(blocks: Sequence[Block]) -> Float[Tensor, " d_model"]:
     """The sum of all vectors of some blocks."""
-    out = blocks[0].all_vectors().sum(0)
+    out = blocks[0].total()
     for block in blocks[1:]:
-        out = out + block.all_vectors().sum(0)
+        out = out + block.total()
     return out
