@@ -457,7 +457,7 @@ def test_at_frozen_norm_a_cut_changes_the_pre_activation_by_minus_the_share(fami
             here = named[named["writer"] == writer].set_index("key")
             if set(here.index) != set(keys):  # among the top of one key alone
                 continue
-            pres = [torch.tensor(here["pre_activation"][key] - here["share"][key]) for key in keys]
+            pres = [torch.tensor(here["reading"][key] - here["share"][key]) for key in keys]
             made = p.activated(2, pres).double().expand(t + 1)
             edits = [(2, "coef", put(made, [t], slice(index, index + 1)))]
             cases[f"{grain} {writer}"] = (rs.Cut(writer, reader, norm="frozen"), Plain(family, IDS, edits)["bs"][t])

@@ -23,7 +23,7 @@ def test_shares_and_constant_sum_to_each_measured_pre_activation(family, dtype, 
         measured = float(neurons.pre_activations[i][k])
         size = 1 + rows["share"].abs().max()
         assert rows["share"].sum() == pytest.approx(measured, abs=(1e-6 if dtype == torch.float64 else 1e-4) * size)
-        assert rows["pre_activation"].iloc[0] == pytest.approx(measured)
+        assert rows["reading"].iloc[0] == pytest.approx(measured)
         assert rows["writer"].iloc[-1] == "constant"
     assert table["coefficient"].iloc[0] == pytest.approx(float(neurons.coefficient[k]))
 

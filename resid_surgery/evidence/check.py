@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from resid_surgery.attribution.locating import locate
+from resid_surgery.attribution.mlp_readers import NeuronSite
 from resid_surgery.attribution.scores import scores
 from resid_surgery.attribution.searching import rank
-from resid_surgery.attribution.sources import NeuronSite, sources
+from resid_surgery.attribution.sources import sources
 from resid_surgery.attribution.states import States, logsumexp_
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.taps import Tap

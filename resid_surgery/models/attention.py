@@ -89,12 +89,12 @@ class ExpertsCall:
     weight: Tensor
 
 
-def attention_call(kind: str, value: Any, rows: int, at: list[int] | None) -> AttentionCall:
+def attention_call(kind: str, value: Any, rows: int, at: list[int] | None, *, attached: bool = False) -> AttentionCall:
     """What was read where attention weights meet values, in one form.
 
     Args:
         kind: of `BlockLayout.mix`. value: what was read there. rows: of the batch.
-        at: keep these query positions only; None keeps all.
+        at: keep these query positions only; None keeps all. attached: queries, keys and values keep their graph.
     """
     weights = None
     args: tuple[Any, ...] = ()
@@ -102,13 +102,13 @@ def attention_call(kind: str, value: Any, rows: int, at: list[int] | None) -> At
     if kind == "weights":
         value, (_, weights) = value[0], value[1][:2]
     if kind == "named":
-        mixed, weights = (t.detach().reshape(rows, -1, *t.shape[-2:]) for t in value)
+        mixed, weights = (t.reshape(rows, -1, *t.shape[-2:]) for t in value)
         given: dict[str, Any] = {"value": mixed}
     elif kind == "differential":
         given, weights = _differential(*value)
     elif kind == "product":
         args, kwargs = value
-        weights, mixed = (t.detach().reshape(rows, -1, *t.shape[-2:]) for t in args[:2])
+        weights, mixed = (t.reshape(rows, -1, *t.shape[-2:]) for t in args[:2])
         given = {"value": mixed}
     else:
         args, kwargs = value
@@ -125,9 +125,9 @@ def attention_call(kind: str, value: Any, rows: int, at: list[int] | None) -> At
     scaling = given.get("scaling", given.get("scale"))
     width = given["value"].shape[-1] if query is None else query.shape[-1]
     return AttentionCall(
-        value=given["value"].detach().clone(),
-        query=_kept(query),
-        key=_kept(key),
+        value=_kept(given["value"], attached),
+        query=_kept(query, attached),
+        key=_kept(key, attached),
         weights=_kept(weights),
         mask=_kept(mask),
         positions=None if at is None else tuple(at),
@@ -157,7 +157,7 @@ def _differential(one: Any, two: Any, factor: Tensor) -> tuple[dict[str, Any], T
     if weights is None:
         raise UnsupportedModelError("differential attention without an eager function of its own cannot be read.")
     pairs, kv = weights.shape[1] // 2, calls[0]["value"].shape[1] // 2
-    value = torch.cat([call["value"].detach()[:, :kv] for call in calls], -1)
+    value = torch.cat([call["value"][:, :kv] for call in calls], -1)
     return {"value": value}, weights[:, :pairs] - factor.detach() * weights[:, pairs:]
 
 
@@ -182,5 +182,5 @@ def _weights_of_own(given: dict[str, Any], keywords: dict[str, Any]) -> Tensor |
     return out.transpose(1, 2)  # type: ignore[no-any-return]
 
 
-def _kept(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().clone()
+def _kept(tensor: Any, attached: bool = False) -> Any:
+    return tensor if tensor is None or attached else tensor.detach().clone()

@@ -7,21 +7,21 @@ detached and cloned. A write is a function of the value found there and of the v
 
 import inspect
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, final
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import nnsight
 import torch
 from torch import Tensor
 
 from resid_surgery.errors import ResidSurgeryError, UnsupportedModelError
-from resid_surgery.models.attention import ExpertsCall, attention_call, with_call
-from resid_surgery.models.layout import split_key
+from resid_surgery.models.attention import AttentionCall, attention_call
+from resid_surgery.models.envoys import Values, Write, envoy_at, place_of, read_at, written
+from resid_surgery.models.freezing import FrozenNorm, freeze_norms
 from resid_surgery.models.opening import OpenedModel
-from resid_surgery.models.taps import Tap, is_sum, module_of
+from resid_surgery.models.taps import Tap, is_sum
 
-Values = dict[Tap, Any]
-Write = Callable[[Any, Values], Any]
+__all__ = ["Values", "Write", "forward", "gradients", "keeps_logits", "mixing", "projected", "routing", "unwrap"]
 
 _trace_lock = threading.RLock()
 
@@ -100,7 +100,7 @@ def forward(
                         value = value + other
                     if tap in writes:
                         try:
-                            value = _written(model, tap, value, rows, writes[tap], seen)
+                            value = written(model, tap, value, rows, writes[tap], seen)
                         except BaseException as error:
                             raised.append(error)
                             raise
@@ -108,7 +108,7 @@ def forward(
                     if tap in wanted:
                         ends = tap.layer < 0
                         here = (None if sliced else tail) if ends else None if tap in everywhere else kept
-                        seen[tap] = _read(model, tap, value, rows, here)
+                        seen[tap] = read_at(model, tap, value, rows, here)
                 nnsight.save(seen)
         except Exception as error:
             if raised:
@@ -141,8 +141,8 @@ def gradients(model: OpenedModel, ids: Tensor, taps: Sequence[Tap], *, at: int, 
     plan = sorted(set(taps), key=lambda tap: tap.when(model))
     with model.lock, _trace_lock, torch.inference_mode(False), torch.enable_grad():
         traced, ids = _differentiable(model), ids.clone()
-        places = [_place_of(traced, model, tap) for tap in plan]
-        start = _place_of(traced, model, Tap("block_in", 0))[0]
+        places = [place_of(traced, model, tap) for tap in plan]
+        start = place_of(traced, model, Tap("block_in", 0))[0]
         try:
             with traced.trace(input_ids=ids, use_cache=False):
                 start.input = start.input.detach().requires_grad_().clone()
@@ -168,12 +168,76 @@ def gradients(model: OpenedModel, ids: Tensor, taps: Sequence[Tap], *, at: int, 
 
 def _differentiable(model: OpenedModel) -> Any:
     """The model's tree on detached views of its parameters, traced; made anew when they are others."""
-    key = (model.weights.structure(), *(tensor.data_ptr() for tensor in model.weights.tensors()))
+    key = _tensors_of(model)
     kept = model.cache.get("differentiable")
     if kept is None or kept[0] != key:
         kept = key, nnsight.NNsight(model.detached_copy())
         model.cache["differentiable"] = kept
     return kept[1]
+
+
+def projected(
+    model: OpenedModel, layer: int, x: Tensor, ids: Tensor, *, frozen: bool = True, unit: bool = False
+) -> tuple[AttentionCall, Tensor]:
+    """What a layer's attention makes of inputs: its queries, keys and values, with the graph that leads to them.
+
+    Nothing but this layer's attention runs, up to the point where weights meet values.
+
+    Args:
+        model: the opened model. layer: with attention. x: (row, position, d_model) what attention reads.
+        ids: (row, position) token ids, for masks and the like.
+        frozen: norms inside attention keep the scale that they have in row 0 (see `freezing`), so that queries,
+            keys and values are affine in x. unit: their scale is 1 (weights alone).
+
+    Returns:
+        (call, x): x is the leaf that the call's tensors lead back to.
+
+    Raises:
+        UnsupportedModelError: its attention cannot be traced alone.
+    """
+    with model.lock, _trace_lock, torch.inference_mode(False), torch.set_grad_enabled(frozen):
+        traced, norms = _affine(model) if frozen else (_traced(model), {})
+        for norm in norms.get(layer, ()):
+            norm.parts, norm.unit = len(x), unit
+        leaf = x.detach().clone().to(model.dtype).requires_grad_(frozen)
+        nothing = torch.zeros_like(leaf, requires_grad=False)
+        below = [place_of(traced, model, Tap("block_out", i))[0] for i in range(layer)]
+        read = place_of(traced, model, Tap("attn_read", layer))
+        place, field = place_of(traced, model, Tap("attn_call", layer))
+        try:
+            with traced.trace(input_ids=ids.clone(), use_cache=False) as tracer:
+                for block in below:
+                    block.skip(nothing)
+                setattr(*read, leaf)
+                found = nnsight.save([getattr(place, field)])
+                tracer.stop()
+        except Exception as error:
+            if isinstance(error, (ResidSurgeryError, MemoryError, torch.OutOfMemoryError)):
+                raise
+            raise UnsupportedModelError(
+                f"attention of layer {layer} of {model.name} cannot be run alone ({type(error).__name__}: "
+                f"{_last_line(error)}), so what its queries, keys and values read cannot be split."
+            ) from error
+        kind = model.block(layer).mix.partition(":")[0]
+        return attention_call(kind, found[0], len(x), None, attached=frozen), leaf
+
+
+def _affine(model: OpenedModel) -> tuple[Any, dict[int, list[FrozenNorm]]]:
+    """The model's tree on detached views of its parameters, with the norms inside attention frozen; traced."""
+    key = _tensors_of(model)
+    kept = model.cache.get("affine")
+    if kept is None or kept[0] != key:
+        tree = model.detached_copy()
+        layers = [i for i in range(model.anatomy.n_layers) if model.block(i).attn_kind == "attention"]
+        norms = {i: freeze_norms(tree.get_submodule(model.path(i, "attn"))) for i in layers}
+        kept = key, (nnsight.NNsight(tree), norms)
+        model.cache["affine"] = kept
+    return kept[1]
+
+
+def _tensors_of(model: OpenedModel) -> tuple[Any, ...]:
+    """Changes when the module tree or any tensor in it is another."""
+    return (model.weights.structure(), *(tensor.data_ptr() for tensor in model.weights.tensors()))
 
 
 def routing(model: OpenedModel, layer: int, read: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,7 +304,7 @@ def _mlp_alone(model: OpenedModel, layer: int) -> tuple[Any, dict[str, Any]]:
             places["shared"] = "shared_out"
         traced = nnsight.NNsight(model.shadow.get_submodule(mlp))
         inside = {name: model.path(layer, part).removeprefix(mlp + ".") for name, part in places.items()}
-        kept[layer] = traced, {name: _envoy(traced, path) for name, path in inside.items()}
+        kept[layer] = traced, {name: envoy_at(traced, path) for name, path in inside.items()}
     return kept[layer]  # type: ignore[no-any-return]
 
 
@@ -256,128 +320,8 @@ def _place(traced: Any, model: OpenedModel, tap: Tap) -> tuple[Any, str]:
     """The nnsight envoy of a tap and which of its fields holds the value."""
     paths: dict[Tap, tuple[Any, str]] = model.cache["paths"]
     if tap not in paths:
-        paths[tap] = _place_of(traced, model, tap)
+        paths[tap] = place_of(traced, model, tap)
     return paths[tap]
-
-
-def _place_of(traced: Any, model: OpenedModel, tap: Tap) -> tuple[Any, str]:
-    name, layer = tap.name, tap.layer
-    if name in ("logits", "output"):
-        place, field = traced, "output"
-    elif name == "unembed_in":
-        place, field = _envoy(traced, model.path(None, "unembed")), "input"
-    elif name == "bs":
-        place, field = _envoy(traced, model.path(None, "unembed")), "output"
-    elif name in ("attn_call", "attn_mix"):
-        place, field = _attention_place(traced, model, layer, name)
-    elif name == "experts_call":
-        place, field = _envoy(traced, model.path(layer, "experts")), "inputs"
-    else:
-        part, field = module_of(model, layer, name)
-        place = _envoy(traced, model.path(layer, part))
-    return place, field
-
-
-def _attention_place(traced: Any, model: OpenedModel, layer: int, name: str) -> tuple[Any, str]:
-    """The operation inside attention's source where weights meet values."""
-    kind, _, operation = model.block(layer).mix.partition(":")
-    attn = _envoy(traced, model.path(layer, "attn"))
-    if kind == "differential" and name == "attn_mix":
-        return _envoy(attn, operation), "input"
-    names = {
-        "interface": ["attention_interface_1"],
-        "differential": ["attention_interface_1", "attention_interface_2", "lambda_full_0"],
-        "named": operation.split(",")[::-1],
-    }.get(kind, [operation])
-    missing = [one for one in names if not hasattr(attn.source, one)]
-    if missing:
-        raise UnsupportedModelError(
-            f"layer {layer} of {model.name} computes attention without {missing[0]}, where its layout looks for it."
-        )
-    places = [getattr(attn.source, one) for one in names]
-    if name == "attn_mix":
-        if kind == "named":
-            raise UnsupportedModelError(f"what attention leaves in layer {layer} of {model.name} cannot be tapped.")
-        return places[0], "output"
-    if kind == "weights":
-        return _Reads([(places[0], "inputs"), (places[0], "output")]), "values"
-    if kind == "named":
-        return _Reads([(place, "output") for place in places]), "values"
-    if kind == "differential":
-        return _Reads([(places[0], "inputs"), (places[1], "inputs"), (places[2], "output")]), "values"
-    return places[0], "inputs"
-
-
-@final
-class _Reads:
-    """Several fields of operations, read in forward order."""
-
-    def __init__(self, fields: list[tuple[Any, str]]) -> None:
-        self.fields = fields
-
-    @property
-    def values(self) -> list[Any]:
-        return [getattr(place, field) for place, field in self.fields]
-
-
-def _envoy(traced: Any, path: str) -> Any:
-    place = traced
-    for step in path.split("."):
-        place = place[int(step)] if step.isdigit() else getattr(place, step)
-    return place
-
-
-def _written(model: OpenedModel, tap: Tap, value: Any, rows: int, write: Write, seen: Values) -> Any:
-    """What a write leaves, in the form that the module's value has."""
-    if tap.name == "attn_call":
-        kind = model.block(tap.layer).mix.partition(":")[0]
-        return with_call(kind, value, write(attention_call(kind, value, rows, None), seen))
-    whole = value[0] if isinstance(value, tuple) else value
-    if tap.name == "attn_mix":
-        turned = not model.block(tap.layer).mix.startswith(("interface", "differential"))
-        left = write(_mixed(model, tap.layer, value, rows, None), seen)
-        left = (left.transpose(1, 2) if turned else left).reshape(whole.shape)
-        return (left, *value[1:]) if isinstance(value, tuple) else left
-    left = write(whole.reshape(rows, -1, whole.shape[-1]), seen).view(whole.shape)
-    return (left, *value[1:]) if isinstance(value, tuple) else left
-
-
-def _read(model: OpenedModel, tap: Tap, value: Any, rows: int, at: list[int] | None) -> Any:
-    if tap.name == "output":
-        return value
-    if tap.name == "attn_call":
-        return attention_call(model.block(tap.layer).mix.partition(":")[0], value, rows, at)
-    if tap.name == "experts_call":
-        args, kwargs = value
-        kept = (t.detach().reshape(rows, -1, t.shape[-1]) for t in [*args, *kwargs.values()])
-        return ExpertsCall(*(t.clone() if at is None else t[:, at].clone() for t in kept))
-    if tap.name == "attn_mix":
-        return _mixed(model, tap.layer, value, rows, at)
-    if tap.name == "logits":
-        value = value.logits
-    elif isinstance(value, tuple):
-        value = value[0]
-    shaped = value if value.ndim == 3 else value.reshape(rows, -1, value.shape[-1])
-    if at is not None:
-        shaped = shaped[:, at]
-    half = split_key(model.block(tap.layer).paths()[tap.name])[1] if tap.name in _KEYS else None
-    if half is not None:
-        m = shaped.shape[-1] // 2
-        shaped = shaped[..., half * m : (half + 1) * m]
-    return shaped.detach().clone()
-
-
-_KEYS = ("key0", "key1", "shared_key0", "shared_key1")
-
-
-def _mixed(model: OpenedModel, layer: int, value: Any, rows: int, at: list[int] | None) -> Tensor:
-    """(row, position, head, d_head) what attention left, before anything stands between it and W_O."""
-    value = value[0] if isinstance(value, tuple) else value
-    if not model.block(layer).mix.startswith(("interface", "differential")):  # there heads come before positions
-        value = value.reshape(rows, -1, *value.shape[-2:]).transpose(1, 2)
-    value = value if at is None else value[:, at]
-    kept: Tensor = value.detach().clone()
-    return kept
 
 
 def keeps_logits(model: OpenedModel) -> bool:

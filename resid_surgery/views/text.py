@@ -109,7 +109,7 @@ def _brief_sources(out: Console, table: pd.DataFrame) -> None:
             )
             if kind != "constant" or s
         )
-        lines.append((reader, key, grain, first["pre_activation"], first["coefficient"], writers))
+        lines.append((reader, key, grain, first["reading"], first["coefficient"], writers))
     columns = ["reader", "key", "grain", "pre-activation", "coefficient", "= shares (coefficient without that writer)"]
     show(out, pd.DataFrame(lines, columns=columns).sort_values(["reader", "grain"], kind="stable"))
 
