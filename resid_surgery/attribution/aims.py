@@ -32,7 +32,8 @@ class Aim:
         direction: (d_model,). stop: (layer, part) that reads there; None for the final stream.
         unit: of direction . vector. name: what it is called in tables.
         constants: of a readout: name -> what belongs to no vector. plain: (d_model,) the same without the norm.
-        measured: of a readout: what the model's own logits before a soft-cap give.
+        measured: of a readout: what the model's own logits before a soft-cap give. weights: (vocabulary,) of a readout:
+            it is weights . bs.
     """
 
     direction: Float[Tensor, " d_model"]
@@ -42,6 +43,7 @@ class Aim:
     constants: dict[str, float]
     plain: Float[Tensor, " d_model"]
     measured: float = float("nan")
+    weights: Float[Tensor, " vocabulary"] | None = None
 
     def at_output(self, rec: Recording, layer: int, part: str) -> Float[Tensor, " d_model"]:
         """The direction where a sublayer writes: before its frozen post-norm and what later blocks multiply by."""
@@ -86,13 +88,15 @@ def aim_of(rec: Recording, readout: str, versus: tuple[int, ...]) -> Aim:
         row = row - reading.rows(versus).mean(0)
     elif readout == "log_prob":
         row = row - reading.mix(weights[None])[0]
-    bs = work(rec.bs_values)
-    measured = float(bs[w] - weights @ bs)
-    constants = {name: float(v[w] - weights @ v) for name, v in reading.named_constants().items()}
+    weights = -weights
+    weights[w] += 1.0
+    measured = float(weights @ work(rec.bs_values))
+    constants = {name: float(weights @ v) for name, v in reading.named_constants().items()}
     target, names = token_names(rec.model, [w])[0], token_names(rec.model, versus)
     name = {
         "target": f"bs {target!r}",
         "difference": f"bs {target!r} - {names[0]!r}" if len(names) == 1 else f"bs {target!r} - mean of {names}",
         "log_prob": f"log p {target!r} (first order)",
     }[readout]
-    return Aim(reading.norm.pull(row, reading.s), None, "bs-value", name, constants, row, measured)
+    direction = reading.norm.pull(row, reading.s)
+    return Aim(direction, None, "bs-value", name, constants, row, measured, weights)

@@ -165,9 +165,11 @@ def _values(
     amounts = torch.zeros_like(alpha)
     amounts[:, list(sources)] = alpha[:, list(sources)]
 
-    def phi(call: AttentionCall, row: int) -> Tensor:
+    def phi(call: AttentionCall, row: int, only: int | None) -> Tensor:
         values = repeat_kv(call.value[row], len(alpha))[:, : t + 1].to(alpha)
-        return torch.einsum("hj,hjd,hd->", amounts, values, through)
+        if only is None:
+            return torch.einsum("hj,hjd,hd->", amounts, values, through)
+        return torch.einsum("h,hd,hd->", amounts[:, only], values[:, only], through)
 
     return Wanted("value", unit, phi, sources, measured, {}, source)
 
@@ -207,7 +209,7 @@ def _score(rec: Recording, site: HeadSource, side: str, made: AttentionCall) -> 
     n_heads = len(one.query)
     query, key = work(one.query[site.head]), work(repeat_kv(one.key, n_heads)[site.head, site.source])
 
-    def phi(call: AttentionCall, row: int) -> Tensor:
+    def phi(call: AttentionCall, row: int, only: int | None) -> Tensor:
         if side == "query":
             assert call.query is not None
             return call.query[row, site.head, t].to(key) @ key * call.scaling

@@ -79,14 +79,27 @@ def follow(writers: Writers, asks: Sequence[Ask], *, top: int, hops: int, budget
 
 
 def _followed(writers: Writers, wishes: list[_Wish], top: int) -> list[Followed]:
-    """Several readers at once: weights are passed once for all."""
-    readers = readers_of(writers.views, [wish.ask for wish in wishes])
+    made = expand(writers, [wish.ask for wish in wishes], top)
+    return [
+        Followed(reader, wish.ask.position, wish.hop, wish.priority, wish.serves, listed)
+        for (reader, listed), wish in zip(made, wishes, strict=True)
+    ]
+
+
+def expand(writers: Writers, asks: Sequence[Ask], top: int) -> list[tuple[Reader, tuple[Listed, ...]]]:
+    """Several readers with their largest sources, a `Listed` a reading; weights are passed once for all."""
+    readers = readers_of(writers.views, asks)
     lists = iter(writers.split([reading for reader in readers for reading in reader.readings], top))
-    found = []
-    for reader, wish in zip(readers, wishes, strict=True):
-        listed = tuple(next(lists) for _ in reader.readings)
-        found.append(Followed(reader, wish.ask.position, wish.hop, wish.priority, wish.serves, listed))
-    return found
+    return [(reader, tuple(next(lists) for _ in reader.readings)) for reader in readers]
+
+
+def ask_for(reader: Reader, reading: Reading, site: Site, position: int) -> Ask:
+    """How a writer of a reading is followed: a neuron for itself, a head or a layer for that reading."""
+    if isinstance(site, NEURONS):
+        return Ask(site, position)
+    return Ask(
+        site, position, "value" if isinstance(site, (Head, HeadSource)) else "all", aim_at(reader, reading, position)
+    )
 
 
 def _wish_for(writers: Writers, wishes: dict[object, _Wish], seen: set[object], number: int, one: Followed) -> None:
@@ -105,9 +118,7 @@ def _wish_for(writers: Writers, wishes: dict[object, _Wish], seen: set[object], 
             if key in wishes:
                 wishes[key] = replace(wishes[key], priority=wishes[key].priority + worth)
             else:
-                aim = None if serves is None else aim_at(one.reader, reading, position)
-                ask = Ask(site, position, "value" if isinstance(site, (Head, HeadSource)) else "all", aim)
-                wishes[key] = _Wish(ask, one.hop + 1, worth, serves)
+                wishes[key] = _Wish(ask_for(one.reader, reading, site, position), one.hop + 1, worth, serves)
 
 
 def _key(site: Site, position: int, serves: tuple[int, int] | None) -> object:

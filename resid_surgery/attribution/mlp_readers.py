@@ -9,10 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from resid_surgery.attribution.aims import Aim
-from resid_surgery.attribution.readings import Reading
+from resid_surgery.attribution.readings import Probe, Reading
 from resid_surgery.errors import SiteError
 from resid_surgery.models.parts import Norm
-from resid_surgery.models.tracing import mixing, routing
+from resid_surgery.models.taps import Tap
+from resid_surgery.models.tracing import Values, mixing, routing
 from resid_surgery.sites import ExpertNeuron, Neuron, SharedNeuron, Sublayer
 from resid_surgery.stream.closing import coefficient_from
 from resid_surgery.stream.kinds import neuron_place
@@ -67,6 +68,7 @@ class NeuronReader:
                     {rec.prompt.position: row},
                     {"constant": float(norm.bias @ row) + own},
                     float(pre[index]),
+                    probe=_probe(rec, site.layer, group, len(keys) - 1, _unit(rec, group, index)),
                 )
             )
         return cls(rec, site, group, norm, state, scale, torch.stack(keys), readings, float(group.coefficient[index]))
@@ -134,6 +136,7 @@ class LayerReader:
         model.anatomy.require(layer, "mlp", f"sources of {site}")
         norm, state = model.norm(layer, "mlp_norm"), read_by(rec, layer, "mlp")
         total, constant, measured = torch.zeros_like(state), 0.0, 0.0
+        probes: list[Probe] = []
         for group in rec.layers[layer].groups:
             worth, slope, rest = _slopes(rec, layer, group, aim)
             read = model.group_keys(layer, group.expert)[-1]
@@ -141,10 +144,14 @@ class LayerReader:
             bias = 0.0 if read.bias is None else float(rec.work(read.bias) @ (worth * slope))
             constant += bias + float(worth @ rest)
             measured += float(worth @ rec.work(group.coefficient))
+            probes.append(_probe(rec, layer, group, -1, worth * slope))
         constant += float(norm.bias @ total)
         t = rec.prompt.position
         direction = {t: norm.pull(total, norm.scale(state))}
-        reading = Reading("up", aim.unit, _stop(rec, layer), direction, {t: total}, {"constant": constant}, measured)
+        constants = {"constant": constant}
+        reading = Reading(
+            "up", aim.unit, _stop(rec, layer), direction, {t: total}, constants, measured, probe=_joined(probes)
+        )
         return cls(rec, site, aim, state, [reading], measured, aim.name)
 
     def without(
@@ -169,6 +176,34 @@ class LayerReader:
     def weights(self, removed: Float[Tensor, "n d_model"], norm: str, router: str) -> list[float]:
         """No expert: 1."""
         return [1.0] * len(removed)
+
+
+def _unit(rec: Recording, group: NeuronGroup, index: int) -> Float[Tensor, " neuron"]:
+    """1 for one neuron, 0 for the others."""
+    amounts = torch.zeros_like(rec.work(group.coefficient))
+    amounts[index] = 1.0
+    return amounts
+
+
+def _probe(rec: Recording, layer: int, group: NeuronGroup, key: int, amounts: Float[Tensor, " neuron"]) -> Probe:
+    """amounts . pre-activations of one key, as the model's own projection computes them."""
+    count, expert, model = len(group.pre_activations), group.expert, rec.model
+    if isinstance(expert, int):
+        tap = Tap("experts_call", layer)
+
+        def take(values: Values, row: int, position: int, source: int | None) -> float:
+            pre = model.experts(layer).pre_activations(values[tap].states[row, position], expert)
+            return float(rec.work(pre[key]) @ amounts)
+
+        return Probe((tap,), take)
+    tap = Tap(f"{'shared_' if expert == 'shared' else ''}key{key % count}", layer)  # type: ignore[arg-type]
+    return Probe((tap,), lambda values, row, position, source: float(rec.work(values[tap][row, position]) @ amounts))
+
+
+def _joined(probes: list[Probe]) -> Probe:
+    """The sum of several."""
+    taps = tuple(dict.fromkeys(tap for one in probes for tap in one.taps))
+    return Probe(taps, lambda *place: sum(one.take(*place) for one in probes))
 
 
 def _worth(rec: Recording, layer: int, group: NeuronGroup, aim: Aim) -> Float[Tensor, " neuron"]:

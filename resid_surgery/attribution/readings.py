@@ -18,13 +18,29 @@ from torch import Tensor
 
 from resid_surgery.errors import ClosureError, UnsupportedModelError
 from resid_surgery.models.attention import AttentionCall
-from resid_surgery.models.tracing import projected
+from resid_surgery.models.taps import Tap
+from resid_surgery.models.tracing import Values, projected
 from resid_surgery.sites import Site
 from resid_surgery.stream.elsewhere import need_stream
 from resid_surgery.stream.recording import Recording, closure_tolerance
 
-Phi = Callable[[AttentionCall, int], Tensor]
-"""(call, row of its batch) -> a number, linear in the call's queries, keys or values."""
+Phi = Callable[[AttentionCall, int, int | None], Tensor]
+"""(call, row of its batch, source or None) -> a number, linear in the call's queries, keys or values; of one source's
+alone if one is given."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """How a reading is taken from any forward, by the model's own modules.
+
+    Attributes:
+        taps: what has to be read, at all positions. take: (values, row, position, source or None) -> the number, of
+            one source's keys or values alone if one is given; up to a constant.
+    """
+
+    taps: tuple[Tap, ...]
+    take: Callable[[Values, int, int, int | None], float]
 
 
 @final
@@ -38,7 +54,7 @@ class Reading:
         directions: position -> (d_model,) what an addend there is projected on. plain: the same with neither the norm's
             gain nor its scale (paper: the key itself).
         constants: name -> what belongs to no addend. measured: the number, as the model computed it.
-        source: position whose key or value is meant, or None.
+        source: position whose key or value is meant, or None. probe: how it is measured in another forward.
     """
 
     key: str
@@ -49,6 +65,7 @@ class Reading:
     constants: dict[str, float]
     measured: float
     source: int | None = None
+    probe: Probe | None = None
 
 
 @final
@@ -142,7 +159,7 @@ def attention_readings(rec: Recording, layer: int, wanted: list[Wanted]) -> list
     states = {p: state_at(rec, layer, p) for p in needed}
     found = []
     for one in wanted:
-        value, zero = one.phi(call, 0), one.phi(call, 1)
+        value, zero = one.phi(call, 0, None), one.phi(call, 1, None)
         gradient = _gradient(rec, layer, value, leaf)
         _need_affine(rec, layer, value, zero, gradient, x)
         directions = {p: norm.pull(gradient[p], norm.scale(states[p])) for p in one.positions}
@@ -150,9 +167,24 @@ def attention_readings(rec: Recording, layer: int, wanted: list[Wanted]) -> list
         constants = {"constant": constant, **one.constants}
         plain = {p: gradient[p] for p in one.positions}
         found.append(
-            Reading(one.key, one.unit, (layer, "attn"), directions, plain, constants, one.measured, one.source)
+            Reading(
+                one.key,
+                one.unit,
+                (layer, "attn"),
+                directions,
+                plain,
+                constants,
+                one.measured,
+                one.source,
+                _probe(layer, one.phi),
+            )
         )
     return found
+
+
+def _probe(layer: int, phi: Phi) -> Probe:
+    tap = Tap("attn_call", layer)
+    return Probe((tap,), lambda values, row, position, source: float(phi(values[tap], row, source)))
 
 
 def _gradient(rec: Recording, layer: int, value: Tensor, leaf: Tensor) -> Float[Tensor, "position d_model"]:

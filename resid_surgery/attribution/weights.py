@@ -1,0 +1,308 @@
+"""Weights of heads as low-rank maps of the stream: W_Q, W_K, W_V (d_model x width) and W_O (d_head x d_model).
+
+A head that reads x through its layer's norm, N(x) = gain * centre(x) / s + beta, writes sum_j alpha_j v_j W_O with
+v_j = N(x_j) W_V + b_V, where alpha is a softmax of (N(x_t) W_Q + b_Q) . (N(x_j) W_K + b_K). The maps are found by
+running the layer's own attention on unit vectors, one to a row of a batch and all at position 0, where rotations
+are the identity; zeros give the biases, and one more row proves that nothing but a linear map was there. Fused,
+transposed, grouped and latent projections are all the same to that. Norms inside attention count with scale 1.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from resid_surgery._check import message
+from resid_surgery.addresses import as_sites, expand
+from resid_surgery.errors import ArgumentError, SiteError, UnsupportedModelError
+from resid_surgery.models.opening import OpenedModel
+from resid_surgery.models.parts import Norm
+from resid_surgery.models.tracing import projected
+from resid_surgery.sites import Head
+from resid_surgery.stream.blocks import PostMap
+from resid_surgery.stream.recording import closure_tolerance, need_model
+
+ROWS = 1024
+KEEP_BYTES = 1 << 30
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Projected:
+    """What a layer's attention makes of its input on one side, x @ weight[h] + bias[h], in the model's dtype.
+
+    Attributes:
+        weight: (head, d_model, width), one a KV head for keys and values. bias: (head, width).
+    """
+
+    weight: Float[Tensor, "head d_model width"]
+    bias: Float[Tensor, "head width"]
+
+    def of(self, head: int, n_heads: int) -> "Projected":
+        """The map of one of `n_heads` heads, as a stack of one; grouped heads share theirs."""
+        group = head * len(self.weight) // n_heads
+        return Projected(self.weight[group : group + 1], self.bias[group : group + 1])
+
+    def folded(self, norm: Norm) -> "Projected":
+        """The same map of x instead of N(x), with scale s = 1."""
+        one, weight = norm.gain.new_ones(1), self.weight.to(norm.gain)
+        through = norm.pull(weight.transpose(1, 2), one).transpose(1, 2)
+        return Projected(through, self.bias.to(norm.gain) + norm.bias @ weight)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LayerMaps:
+    """The maps of one layer's attention, as it makes them of N(x).
+
+    Attributes:
+        query, key: or None where the model gives attention weights only. value. scaling: of scores.
+    """
+
+    query: Projected | None
+    key: Projected | None
+    value: Projected
+    scaling: float
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(one.weight.nbytes for one in (self.query, self.key, self.value) if one is not None)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class HeadMaps:
+    """One head's maps, in the working dtype.
+
+    Attributes:
+        site: which head.
+        w_q, w_k: (d_model, d_key) un-rotated, with biases b_q, b_k; None where the model gives attention weights only.
+        w_v: (d_model, d_head) with bias b_v. w_o: (d_head, d_model).
+        scaling: score = scaling * (x w_q + b_q) . (x' w_k + b_k) at distance 0, before a cap and softmax.
+    """
+
+    site: Head
+    w_q: Float[Tensor, "d_model d_key"] | None
+    w_k: Float[Tensor, "d_model d_key"] | None
+    w_v: Float[Tensor, "d_model d_head"]
+    w_o: Float[Tensor, "d_head d_model"]
+    b_q: Float[Tensor, " d_key"] | None
+    b_k: Float[Tensor, " d_key"] | None
+    b_v: Float[Tensor, " d_head"]
+    scaling: float
+
+    def ov(self) -> Float[Tensor, "d_model d_model"]:
+        """W_V W_O, made on request: row x of the stream at a source -> x W_V W_O of what the head writes."""
+        return self.w_v @ self.w_o
+
+    def qk(self) -> Float[Tensor, "d_model d_model"]:
+        """scaling * W_Q W_K^T, made on request: x (query side) . qk . x' (key side) is the score without biases.
+
+        Raises:
+            SiteError: the model gives attention weights only.
+        """
+        if self.w_q is None or self.w_k is None:
+            raise SiteError(f"`{self.site}` has no queries and keys to be had: its model gives attention weights only.")
+        return self.scaling * self.w_q @ self.w_k.T
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadWeights:
+    """Heads' low-rank maps (made when they are asked for); from `head_weights`.
+
+    Attributes:
+        model: whose. sites: which heads, in order. folded: what stands in the maps besides the projections:
+            "attn_norm gain", "attn_norm centring" (in W_Q, W_K, W_V), "attn_post_norm gain", "attn_post_norm centring",
+            "attn_scale" (in W_O); nothing with ``fold=False``.
+        layers: the layers' maps.
+    """
+
+    model: OpenedModel
+    sites: tuple[Head, ...]
+    folded: tuple[str, ...]
+    layers: dict[int, LayerMaps]
+    fold: bool
+
+    def __repr__(self) -> str:
+        named = ", ".join(map(str, self.sites[:4])) + (", ..." if len(self.sites) > 4 else "")
+        return f"HeadWeights({len(self.sites)} heads of {self.model.name}: {named}; folded: {list(self.folded)})"
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __iter__(self) -> Iterator[HeadMaps]:
+        return (self[site] for site in self.sites)
+
+    def __getitem__(self, head: Any) -> HeadMaps:
+        """The maps of one head: its site, or its text."""
+        (site, *more) = heads_of(self.model, head)
+        if more or site not in self.sites:
+            raise SiteError(f"`{head}` must be one of the {len(self.sites)} heads of {self!r}.")
+        maps, n_heads = self.layers[site.layer], self.model.anatomy.sizes[site.layer].n_heads
+        norm = attention_norm(self.model, site.layer, fold=self.fold)
+        q, k, v = (None if one is None else one.of(site.head, n_heads).folded(norm)
+                   for one in (maps.query, maps.key, maps.value))  # fmt: skip
+        assert v is not None
+        return HeadMaps(
+            site=site,
+            w_q=None if q is None else q.weight[0],
+            w_k=None if k is None else k.weight[0],
+            w_v=v.weight[0],
+            w_o=written_rows(self.model, site.layer, fold=self.fold)[site.head],
+            b_q=None if q is None else q.bias[0],
+            b_k=None if k is None else k.bias[0],
+            b_v=v.bias[0],
+            scaling=maps.scaling,
+        )
+
+
+def head_weights(model: OpenedModel, heads: Any = None, *, fold: bool = True) -> HeadWeights:
+    """Every head as a QK and an OV circuit: low-rank maps between vectors of the stream.
+
+    With ``fold=True`` the maps act on the stream itself: W_Q, W_K and W_V take in the gain (and centring) of the norm
+    that attention reads through, W_O the gain (and centring) of a post-norm and the residual multiplier. Scales of
+    norms are 1 (they belong to a run, not to weights), biases of norms stand in b_Q, b_K, b_V. A gate between
+    attention and W_O, which hangs on the input, is left out. Rotations are left out too: scores are at distance 0.
+
+    Args:
+        model: from `resid_surgery.load`. heads: None for all, a site, a text or slice ("L5.H1", "L3:6.H*"), or several.
+        fold: False gives the maps of N(x), and W_O as it is.
+
+    Returns:
+        `HeadWeights`: index it by site or text, or iterate; each is a `HeadMaps`.
+
+    Raises:
+        SiteError: no such head. ArgumentError: `fold` is no bool. UnsupportedModelError: a layer's attention is not
+        affine in what it reads, or reads another layer's values.
+
+    Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.
+    """
+    need_model(model)
+    if not isinstance(fold, bool):
+        raise ArgumentError(message("fold", "True or False", fold))
+    sites = heads_of(model, heads)
+    layers = {layer: layer_maps(model, layer) for layer in sorted({site.layer for site in sites})}
+    return HeadWeights(model, sites, _names_of_folded(model, layers) if fold else (), layers, fold)
+
+
+def heads_of(model: OpenedModel, given: Any) -> tuple[Head, ...]:
+    """Heads from what a caller gave; None for all of the model's.
+
+    Raises:
+        SiteError: something is no head, or does not exist.
+    """
+    if given is None:
+        given = "L*.H*"
+    found: list[Head] = []
+    for site in expand(as_sites(given), model.anatomy, 0):
+        if not isinstance(site, Head):
+            raise SiteError(message("heads", "heads such as L5.H1 or L3:6.H*", str(site), model=model.name))
+        found.append(site.resolve(model.anatomy))  # type: ignore[arg-type]
+    return tuple(dict.fromkeys(found))
+
+
+def per_weights(model: OpenedModel) -> dict[Any, Any]:
+    """What is kept of a model while its weights are the same."""
+    now = model.known_fingerprint()
+    if model.cache.get("circuits", (None,))[0] != now:
+        model.cache["circuits"] = now, {}
+    return model.cache["circuits"][1]  # type: ignore[no-any-return]
+
+
+def layer_maps(model: OpenedModel, layer: int) -> LayerMaps:
+    """The maps of a layer's attention, kept while the weights are the same (up to `KEEP_BYTES` in all).
+
+    Raises:
+        UnsupportedModelError: it is not affine, or its values come from elsewhere.
+    """
+    kept = per_weights(model).setdefault("maps", {})
+    if layer not in kept:
+        made = _made(model, layer)
+        if made.size + sum(one.size for one in kept.values()) > KEEP_BYTES:
+            return made
+        kept[layer] = made
+    return kept[layer]  # type: ignore[no-any-return]
+
+
+def attention_norm(model: OpenedModel, layer: int, *, fold: bool = True) -> Norm:
+    """The norm that a layer's attention reads through, or none where it is not to be folded."""
+    if fold:
+        return model.norm(layer, "attn_norm")
+    return Norm.absent(model.anatomy.d_model, model.work_dtype, model.device)
+
+
+def post_unit(model: OpenedModel, layer: int) -> PostMap:
+    """What stands between W_O and the stream, for `PostMap.unscaled`: a post-norm's scale belongs to a run."""
+    norm = model.norm(layer, "attn_post_norm") if model.has(layer, "attn_post_norm") else None
+    return PostMap(norm, None, model.factor(layer, "attn_scale"))
+
+
+def written_rows(model: OpenedModel, layer: int, *, fold: bool = True) -> Float[Tensor, "head d_head d_model"]:
+    """W_O of every head, in the working dtype."""
+    size = model.anatomy.sizes[layer]
+    rows = model.work(model.rows(layer, "attn_out").rows).reshape(size.n_heads, size.d_head, -1)
+    return post_unit(model, layer).unscaled(rows) if fold else rows
+
+
+def _names_of_folded(model: OpenedModel, layers: dict[int, LayerMaps]) -> tuple[str, ...]:
+    found: dict[str, None] = {}
+    for layer in layers:
+        for part in ("attn_norm", "attn_post_norm"):
+            if model.has(layer, part):
+                found[f"{part} gain"] = None
+                if model.norm(layer, part).centred:
+                    found[f"{part} centring"] = None
+        if model.block(layer).attn_scale != 1.0:
+            found["attn_scale"] = None
+    return tuple(found)
+
+
+def _made(model: OpenedModel, layer: int) -> LayerMaps:
+    d = model.anatomy.d_model
+    probe = torch.linspace(-1.0, 2.0, d).sin()
+    x = torch.cat([torch.eye(d), torch.zeros(1, d), probe[None]]).to(model.device, model.dtype)
+    sides: dict[str, list[Tensor]] = {"query": [], "key": [], "value": []}
+    scaling = 1.0
+    for rows in torch.split(x, ROWS):
+        call, _ = projected(model, layer, rows[:, None], zero_ids(model, len(rows)), unit=True)
+        scaling = call.scaling
+        for name, found in sides.items():
+            made = getattr(call, name)
+            if made is not None and (name == "value" or call.from_scores):
+                found.append(made.detach()[:, :, 0])
+    maps = {name: _linear(model, layer, torch.cat(found), x[-1], name) for name, found in sides.items() if found}
+    return LayerMaps(maps.get("query"), maps.get("key"), maps["value"], scaling)
+
+
+def zero_ids(model: OpenedModel, rows: int) -> Tensor:
+    """(row, 1) tokens of one-token prompts, where they do not matter."""
+    device = model.shadow.get_input_embeddings().weight.device  # type: ignore[operator]
+    return torch.zeros(rows, 1, dtype=torch.long, device=device)
+
+
+def _linear(
+    model: OpenedModel, layer: int, made: Float[Tensor, "row head width"], probe: Tensor, name: str
+) -> Projected:
+    """The map that unit vectors, zeros and a probe give, if it is one."""
+    bias = made[-2]
+    weight = (made[:-2] - bias).transpose(0, 1).contiguous()
+    work = torch.float64 if made.dtype == torch.float64 else torch.float32
+    parts = weight.to(work) * probe.to(work)[:, None]
+    off = float((parts.sum(1) + bias.to(work) - made[-1].to(work)).abs().max())
+    size = float((parts.abs().sum(1) + bias.to(work).abs()).max())
+    if not bool(weight.any()):
+        raise UnsupportedModelError(
+            f"the {name} of layer {layer} of {model.name} is not made of what it reads (another layer's is used, or "
+            "its weights are zero), so it has no map there. Leave that layer out of `heads`."
+        )
+    if not off <= 10 * closure_tolerance(model) * size:
+        raise UnsupportedModelError(
+            f"attention of layer {layer} of {model.name} is not affine in what it reads, even with its norms frozen "
+            f"(its {name} is off by {off:.2g} of {size:.2g}), so no matrix describes its heads."
+        )
+    return Projected(weight, bias)
