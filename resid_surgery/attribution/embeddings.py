@@ -18,7 +18,7 @@ from resid_surgery.errors import SiteError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.taps import Tap
 from resid_surgery.models.tracing import forward
-from resid_surgery.stream.recording import closure_tolerance
+from resid_surgery.stream.recording import closure_tolerance, reach
 
 PROBES = 16
 AT_ONCE = 64
@@ -108,9 +108,9 @@ def states_of(model: OpenedModel, tokens: Sequence[int], layer: int, after: str)
         SiteError: ``after="mlp0"`` for the first layer, which reads before it.
     """
     if after == "embed":
-        return embeddings(model).rows(tokens) * reach_of(model, 0, "pre", layer)
+        return embeddings(model).rows(tokens) * reach(model, 0, "pre", (layer, "attn"))
     if layer == 0:
         raise SiteError(
             f"`after` must be 'embed' for heads of layer 0 of {model.name}: they read before the first MLP."
         )
-    return after_first_mlp(model, tokens) * reach_of(model, 0, "mlp", layer)
+    return after_first_mlp(model, tokens) * reach(model, 0, "mlp", (layer, "attn"))

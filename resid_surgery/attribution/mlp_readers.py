@@ -11,9 +11,10 @@ from torch import Tensor
 from resid_surgery.attribution.aims import Aim
 from resid_surgery.attribution.readings import Probe, Reading
 from resid_surgery.errors import SiteError
+from resid_surgery.models.envoys import Values
 from resid_surgery.models.parts import Norm
 from resid_surgery.models.taps import Tap
-from resid_surgery.models.tracing import Values, mixing, routing
+from resid_surgery.models.tracing import mixing, routing
 from resid_surgery.sites import ExpertNeuron, Neuron, SharedNeuron, Sublayer
 from resid_surgery.stream.closing import coefficient_from
 from resid_surgery.stream.kinds import neuron_place
@@ -82,15 +83,24 @@ class NeuronReader:
     ) -> Float[Tensor, " n"]:
         """Coefficients, through every key."""
         constants = torch.tensor([one.constants["constant"] for one in self.readings]).to(self.keys)
-        pre = (self._read(removed, norm) @ self.keys.T + constants).to(self.rec.model.dtype)
+        return self._made(self._read(removed, norm) @ self.keys.T + constants)
+
+    def from_shares(self, shares: Float[Tensor, "key n"]) -> Float[Tensor, " n"]:
+        """Coefficients when these shares are taken off the pre-activations: the norm's scale frozen."""
+        measured = torch.tensor([one.measured for one in self.readings]).to(shares)
+        return self._made((measured[:, None] - shares).T)
+
+    def _made(self, pre_activations: Float[Tensor, "n key"]) -> Float[Tensor, " n"]:
+        """Coefficients of pre-activations, through the module's own activation."""
+        pre = pre_activations.to(self.rec.model.dtype)
         model, layer, index = self.rec.model, self.site.layer, self.site.index
         columns = tuple(column[:, None] for column in pre.T)
-        alone = coefficient_from(model, layer, self.group, columns, plain=True)[:, 0].to(removed)
+        alone = coefficient_from(model, layer, self.group, columns, plain=True)[:, 0].to(pre_activations)
         if self.group.expert is not None or not model.has(layer, "coef_norm"):
             return alone
         # a norm over all coefficients stands before the down-projection: its scale is kept
-        made = coefficient_from(model, layer, self.group, plain=True)[index].to(removed)
-        return alone * (self.group.coefficient[index].to(removed) / made if made else torch.zeros_like(made))
+        made = coefficient_from(model, layer, self.group, plain=True)[index].to(pre_activations)
+        return alone * (self.group.coefficient[index].to(made) / made if made else torch.zeros_like(made))
 
     def only(self, reading: Reading, kept: Mapping[int, Float[Tensor, " d_model"]], norm: str) -> float:
         """See `Reader`."""
@@ -159,14 +169,10 @@ class LayerReader:
     ) -> Float[Tensor, " n"]:
         """What the MLP's neurons write towards the aim, every key and activation worked out anew."""
         rec, layer = self.rec, self.site.layer
-        form, rest = rec.model.norm(layer, "mlp_norm"), self.state - removed
-        read = form.linear(rest, form.scale(self.state) if norm == "frozen" else form.scale(rest)) + form.bias
         total = torch.zeros(len(removed), dtype=removed.dtype, device=removed.device)
         for group in rec.layers[layer].groups:
-            keys = rec.model.group_keys(layer, group.expert)
-            pre = tuple(read @ rec.work(k.rows) + (0 if k.bias is None else rec.work(k.bias)) for k in keys)
-            made = coefficient_from(rec.model, layer, group, tuple(p.to(rec.model.dtype) for p in pre), plain=True)
-            total += rec.work(made) * _kept_norm(rec, layer, group) @ _worth(rec, layer, group, self.aim)
+            made = coefficients_without(rec, layer, group, removed, norm)
+            total += made @ worth_of(rec, layer, group, self.aim)
         return total
 
     def only(self, reading: Reading, kept: Mapping[int, Float[Tensor, " d_model"]], norm: str) -> float:
@@ -206,7 +212,20 @@ def _joined(probes: list[Probe]) -> Probe:
     return Probe(taps, lambda *place: sum(one.take(*place) for one in probes))
 
 
-def _worth(rec: Recording, layer: int, group: NeuronGroup, aim: Aim) -> Float[Tensor, " neuron"]:
+def coefficients_without(
+    rec: Recording, layer: int, group: NeuronGroup, removed: Float[Tensor, "n d_model"], norm: str
+) -> Float[Tensor, "n neuron"]:
+    """Every neuron's coefficient when each removed vector is left out of what the MLP reads, through every key."""
+    form, state = rec.model.norm(layer, "mlp_norm"), read_by(rec, layer, "mlp")
+    rest = state - removed
+    read = form.linear(rest, form.scale(state) if norm == "frozen" else form.scale(rest)) + form.bias
+    keys = rec.model.group_keys(layer, group.expert)
+    pre = tuple(read @ rec.work(k.rows) + (0 if k.bias is None else rec.work(k.bias)) for k in keys)
+    made = coefficient_from(rec.model, layer, group, tuple(p.to(rec.model.dtype) for p in pre), plain=True)
+    return rec.work(made) * _kept_norm(rec, layer, group)
+
+
+def worth_of(rec: Recording, layer: int, group: NeuronGroup, aim: Aim) -> Float[Tensor, " neuron"]:
     """What one unit of each neuron's coefficient is worth against an aim."""
     rows = rec.model.group_rows(layer, group.expert).rows
     return rec.work(rows) @ aim.at_output(rec, layer, "mlp") * group.factor
@@ -226,4 +245,4 @@ def _slopes(rec: Recording, layer: int, group: NeuronGroup, aim: Aim) -> tuple[T
     at_zero = coefficient_from(rec.model, layer, group, (*gate, torch.zeros_like(up)), plain=True)
     rest, wide = rec.work(at_zero) * _kept_norm(rec, layer, group), rec.work(up)
     slope = torch.where(wide == 0, 0.0, (rec.work(group.coefficient) - rest) / torch.where(wide == 0, 1.0, wide))
-    return _worth(rec, layer, group, aim), slope, rec.work(group.coefficient) - slope * wide
+    return worth_of(rec, layer, group, aim), slope, rec.work(group.coefficient) - slope * wide

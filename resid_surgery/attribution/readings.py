@@ -18,8 +18,9 @@ from torch import Tensor
 
 from resid_surgery.errors import ClosureError, UnsupportedModelError
 from resid_surgery.models.attention import AttentionCall
+from resid_surgery.models.envoys import Values
 from resid_surgery.models.taps import Tap
-from resid_surgery.models.tracing import Values, projected
+from resid_surgery.models.tracing import projected
 from resid_surgery.sites import Site
 from resid_surgery.stream.elsewhere import need_stream
 from resid_surgery.stream.recording import Recording, closure_tolerance

@@ -131,7 +131,7 @@ def counts(
     rows = []
     with progress_bar("counts", query.count, shown=progress if progress is not None else query.count > LONG) as step:
         for b, (layer, part, block) in enumerate(query.found()):
-            signs, evaluated = _signs(found, b)
+            signs, evaluated = signs_of(found, b)
             helpful, harmful = int((signs > 0).sum()), int((signs < 0).sum())
             rest = block.count - helpful - harmful
             rows.append((layer, part, block.kind, helpful, harmful, rest, block.count, evaluated))
@@ -142,7 +142,7 @@ def counts(
     return table
 
 
-def _signs(found: Scorer, b: int) -> tuple[Tensor, int]:
+def signs_of(found: Scorer, b: int) -> tuple[Tensor, int]:
     """Signs of a block's scores, and how many exact evaluations they took."""
     if not isinstance(found, Increase):
         (values,) = stream([found], b)

@@ -274,9 +274,18 @@ def _made(model: OpenedModel, layer: int) -> LayerMaps:
         for name, found in sides.items():
             made = getattr(call, name)
             if made is not None and (name == "value" or call.from_scores):
+                _need_own(model, layer, name, made)
                 found.append(made.detach()[:, :, 0])
     maps = {name: _linear(model, layer, torch.cat(found), x[-1], name) for name, found in sides.items() if found}
     return LayerMaps(maps.get("query"), maps.get("key"), maps["value"], scaling)
+
+
+def _need_own(model: OpenedModel, layer: int, name: str, made: Tensor) -> None:
+    if not made.requires_grad:
+        raise UnsupportedModelError(
+            f"the {name} of layer {layer} of {model.name} is not made of what the layer reads (another layer's is "
+            "used), so it has no map there. Leave that layer out of `heads`."
+        )
 
 
 def zero_ids(model: OpenedModel, rows: int) -> Tensor:
@@ -295,11 +304,6 @@ def _linear(
     parts = weight.to(work) * probe.to(work)[:, None]
     off = float((parts.sum(1) + bias.to(work) - made[-1].to(work)).abs().max())
     size = float((parts.abs().sum(1) + bias.to(work).abs()).max())
-    if not bool(weight.any()):
-        raise UnsupportedModelError(
-            f"the {name} of layer {layer} of {model.name} is not made of what it reads (another layer's is used, or "
-            "its weights are zero), so it has no map there. Leave that layer out of `heads`."
-        )
     if not off <= 10 * closure_tolerance(model) * size:
         raise UnsupportedModelError(
             f"attention of layer {layer} of {model.name} is not affine in what it reads, even with its norms frozen "

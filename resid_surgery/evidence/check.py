@@ -19,9 +19,10 @@ from resid_surgery.attribution.scores import scores
 from resid_surgery.attribution.searching import rank
 from resid_surgery.attribution.sources import sources
 from resid_surgery.attribution.states import States, logsumexp_
+from resid_surgery.models.envoys import Values
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.taps import Tap
-from resid_surgery.models.tracing import Values, forward
+from resid_surgery.models.tracing import forward
 from resid_surgery.sites import ExpertNeuron, Neuron, SharedNeuron
 from resid_surgery.stream.blocks import PostMap
 from resid_surgery.stream.closing import Closure, closures, probe, relative

@@ -36,8 +36,8 @@ class SourceGraph:
     """Where a prediction comes from, back to the embeddings; made by `resid_surgery.source_graph`.
 
     Attributes:
-        rec: the recording. readout: what the root reads, in words. aim: the same as a direction. competitors: ids that it
-            is against. grain: of the writers. grown, links: nodes and edges as objects.
+        rec: the recording. readout: what the root reads, in words. aim: the same as a direction. competitors: ids that
+            it is against. grain: of the writers. grown, links: nodes and edges as objects.
         nodes, edges, readings: the same as tables (see `source_graph`).
     """
 

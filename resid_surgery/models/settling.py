@@ -12,9 +12,10 @@ from torch import Tensor
 
 from resid_surgery.errors import UnsupportedModelError
 from resid_surgery.models.attention import AttentionCall
+from resid_surgery.models.envoys import Values
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.taps import Tap
-from resid_surgery.models.tracing import Values, forward
+from resid_surgery.models.tracing import forward
 
 
 def settle(model: OpenedModel) -> None:

@@ -21,8 +21,6 @@ from resid_surgery.models.freezing import FrozenNorm, freeze_norms
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.taps import Tap, is_sum
 
-__all__ = ["Values", "Write", "forward", "gradients", "keeps_logits", "mixing", "projected", "routing", "unwrap"]
-
 _trace_lock = threading.RLock()
 
 
@@ -200,26 +198,43 @@ def projected(
         for norm in norms.get(layer, ()):
             norm.parts, norm.unit = len(x), unit
         leaf = x.detach().clone().to(model.dtype).requires_grad_(frozen)
-        nothing = torch.zeros_like(leaf, requires_grad=False)
-        below = [place_of(traced, model, Tap("block_out", i))[0] for i in range(layer)]
-        read = place_of(traced, model, Tap("attn_read", layer))
-        place, field = place_of(traced, model, Tap("attn_call", layer))
-        try:
-            with traced.trace(input_ids=ids.clone(), use_cache=False) as tracer:
-                for block in below:
-                    block.skip(nothing)
-                setattr(*read, leaf)
-                found = nnsight.save([getattr(place, field)])
-                tracer.stop()
-        except Exception as error:
-            if isinstance(error, (ResidSurgeryError, MemoryError, torch.OutOfMemoryError)):
-                raise
-            raise UnsupportedModelError(
-                f"attention of layer {layer} of {model.name} cannot be run alone ({type(error).__name__}: "
-                f"{_last_line(error)}), so what its queries, keys and values read cannot be split."
-            ) from error
+        found = _attention_alone(traced, model, Tap("attn_call", layer), leaf, ids)
         kind = model.block(layer).mix.partition(":")[0]
-        return attention_call(kind, found[0], len(x), None, attached=frozen), leaf
+        return attention_call(kind, found, len(x), None, attached=frozen), leaf
+
+
+def attended(model: OpenedModel, layer: int, x: Tensor, ids: Tensor) -> Tensor:
+    """(row, position, head * d_head) W_O's input, as a layer's attention makes it of inputs; nothing else runs.
+
+    Args:
+        model, layer, x, ids: as for `projected`.
+    """
+    with model.lock, _trace_lock, torch.no_grad():
+        found = _attention_alone(_traced(model), model, Tap("attn_z", layer), x.to(model.dtype), ids)
+        return found.detach().clone()  # type: ignore[no-any-return]
+
+
+def _attention_alone(traced: Any, model: OpenedModel, tap: Tap, x: Tensor, ids: Tensor) -> Any:
+    """What stands at a tap when a layer's attention reads x; blocks below are skipped, what comes after is not run."""
+    layer, nothing = tap.layer, torch.zeros_like(x, requires_grad=False)
+    below = [place_of(traced, model, Tap("block_out", i))[0] for i in range(layer)]
+    read = place_of(traced, model, Tap("attn_read", layer))
+    place, field = place_of(traced, model, tap)
+    try:
+        with traced.trace(input_ids=ids.clone(), use_cache=False) as tracer:
+            for block in below:
+                block.skip(nothing)
+            setattr(*read, x)
+            found = nnsight.save([getattr(place, field)])
+            tracer.stop()
+    except Exception as error:
+        if isinstance(error, (ResidSurgeryError, MemoryError, torch.OutOfMemoryError)):
+            raise
+        raise UnsupportedModelError(
+            f"attention of layer {layer} of {model.name} cannot be run alone ({type(error).__name__}: "
+            f"{_last_line(error)}), so what its queries, keys and values read cannot be split."
+        ) from error
+    return found[0]
 
 
 def _affine(model: OpenedModel) -> tuple[Any, dict[int, list[FrozenNorm]]]:

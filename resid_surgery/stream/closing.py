@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from resid_surgery.errors import ClosureError
+from resid_surgery.models.envoys import Values
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import BoundPrompt, Prompt
 from resid_surgery.models.taps import Tap, TapName
-from resid_surgery.models.tracing import Values, forward
+from resid_surgery.models.tracing import forward
 from resid_surgery.stream.blocks import sum_of
 from resid_surgery.stream.kinds import joint_parts, post_map
 from resid_surgery.stream.recording import Label, Recording, closure_tolerance, from_values, left_by, record_taps

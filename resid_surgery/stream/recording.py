@@ -16,10 +16,11 @@ from torch import Tensor
 
 from resid_surgery._check import choice, message
 from resid_surgery.errors import ArgumentError, ClosureError, StaleRecordingError
+from resid_surgery.models.envoys import Values
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import BoundPrompt, Prompt, bind
 from resid_surgery.models.taps import Tap, TapName
-from resid_surgery.models.tracing import Values, forward
+from resid_surgery.models.tracing import forward
 from resid_surgery.stream.records import (
     STREAM,
     AttentionRecord,

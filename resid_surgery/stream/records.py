@@ -13,9 +13,10 @@ from torch import Tensor
 
 from resid_surgery.errors import ClosureError
 from resid_surgery.models.attention import AttentionCall, ExpertsCall
+from resid_surgery.models.envoys import Values
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.taps import Tap, TapName
-from resid_surgery.models.tracing import Values, mixing
+from resid_surgery.models.tracing import mixing
 
 STREAM: tuple[TapName, ...] = ("block_in", "attn_add", "mlp_add")
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from resid_surgery._check import message
 from resid_surgery.addresses import At, Edge, Slice, expand
 from resid_surgery.errors import ArgumentError, InterventionError, PromptError
+from resid_surgery.models.envoys import Values, Write
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import BoundPrompt, Prompt, bind, token_text
 from resid_surgery.models.taps import Tap
-from resid_surgery.models.tracing import Values, Write, forward
+from resid_surgery.models.tracing import forward
 from resid_surgery.sites import Constant, Head, HeadSource, Sublayer
 from resid_surgery.stream.recording import need_model
 from resid_surgery.surgery.batches import Rows

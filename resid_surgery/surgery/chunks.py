@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from resid_surgery.errors import InterventionError, UnsupportedModelError
+from resid_surgery.models.envoys import Values, Write
 from resid_surgery.models.taps import Tap
-from resid_surgery.models.tracing import Values, Write, forward
+from resid_surgery.models.tracing import forward
 from resid_surgery.sites import Neuron
 from resid_surgery.stream.blocks import PostMap
 from resid_surgery.stream.closing import relative

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from resid_surgery.errors import InterventionError
+from resid_surgery.models.envoys import Values, Write
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.parts import Norm
 from resid_surgery.models.taps import Tap, mix_tap, mlp_reads
-from resid_surgery.models.tracing import Values, Write
 from resid_surgery.sites import Constant, ExpertNeuron, Head, HeadSource, Neuron, SharedNeuron, Site, Sublayer
 from resid_surgery.stream.records import attention_rows
 from resid_surgery.surgery.batches import Packed

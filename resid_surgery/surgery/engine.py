@@ -14,9 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from resid_surgery.errors import InterventionError
+from resid_surgery.models.envoys import Values
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.taps import Tap
-from resid_surgery.models.tracing import Values, forward
+from resid_surgery.models.tracing import forward
 from resid_surgery.stream.blocks import PostMap
 from resid_surgery.stream.closing import relative
 from resid_surgery.stream.recording import Recording, closure_tolerance

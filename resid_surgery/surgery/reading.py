@@ -14,10 +14,11 @@ from torch import Tensor
 
 from resid_surgery.errors import ClosureError, InterventionError
 from resid_surgery.models.attention import AttentionCall, ExpertsCall
+from resid_surgery.models.envoys import Values
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import bind
 from resid_surgery.models.taps import Tap, mix_tap
-from resid_surgery.models.tracing import Values, forward
+from resid_surgery.models.tracing import forward
 from resid_surgery.sites import (
     AttnNeuron,
     Bias,

@@ -14,9 +14,10 @@ from torch import Tensor
 from resid_surgery.addresses import Edge
 from resid_surgery.errors import InterventionError
 from resid_surgery.models.attention import AttentionCall, ExpertsCall
+from resid_surgery.models.envoys import Values, Write
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.taps import Tap, mix_tap
-from resid_surgery.models.tracing import Values, Write, mixing
+from resid_surgery.models.tracing import mixing
 from resid_surgery.sites import (
     AttnNeuron,
     ExpertNeuron,
