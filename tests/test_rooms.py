@@ -25,7 +25,7 @@ ORDER = {
                 "altering", "storing"],
     "evidence": ["check", "families", "operating", "statistics", "trials", "truth", "growth", "graphs",
                  "verifying", "faithfulness", "tipping", "restoring", "blame"],
-    "views": ["plots", "figures", "text", "files"],
+    "views": ["plots", "figures", "circuits", "text", "files"],
     "cli": ["common", "operating", "scoring", "main"],
 }  # fmt: skip
 PLACE = {".".join(filter(None, [room, name])): (i, j) for i, (room, names) in enumerate(ORDER.items())

@@ -29,6 +29,7 @@ from resid_surgery.surgery.arguments import (
     plain_token,
 )
 
+BRIEFLY = 8
 COEFFICIENTS = (Neuron, ExpertNeuron, SharedNeuron, AttnNeuron)
 
 
@@ -64,11 +65,13 @@ class Intervention:
 
     @property
     def brief(self) -> str:
-        """The repr without the numbers of vectors, for messages."""
-        return self._text(self._short())
+        """The repr without the numbers of vectors and with the first few sites, for messages."""
+        text = self._text(self._short(), BRIEFLY)
+        left = len(self.sites) - BRIEFLY
+        return text if left <= 0 else text.replace("]", f", and {left:,} more]", 1)
 
-    def _text(self, detail: str) -> str:
-        sites = [str(s) for s in self.sites]
+    def _text(self, detail: str, most: int | None = None) -> str:
+        sites = [str(s) for s in self.sites[:most]]
         where = "" if self.positions == "target" else f", positions={self.positions!r}"
         return f"{type(self).__name__}({sites}{detail}{where})"
 

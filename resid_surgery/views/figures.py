@@ -38,9 +38,9 @@ def plot_intervals(
     Raises:
         ArgumentError: matplotlib is not installed, or a column is missing.
     """
-    _need(table, label, value, low, high)
+    need_columns(table, label, value, low, high)
     rows = table.sort_values(value, kind="stable", ignore_index=True)
-    ax = _axes(ax, 7.2, 1.2 + 0.3 * len(rows))
+    ax = axes_of(ax, 7.2, 1.2 + 0.3 * len(rows))
     left, right = rows[value] - rows[low], rows[high] - rows[value]
     ax.errorbar(rows[value], range(len(rows)), xerr=[left, right], fmt="o", color="black", ms=4, capsize=3, lw=1)
     ax.set_yticks(range(len(rows)), rows[label].astype(str))
@@ -66,8 +66,8 @@ def plot_layers(
     Raises:
         ArgumentError: matplotlib is not installed, or a column is missing.
     """
-    _need(table, "layer", value, *([] if hue is None else [hue]))
-    ax = _axes(ax, 8, 4)
+    need_columns(table, "layer", value, *([] if hue is None else [hue]))
+    ax = axes_of(ax, 8, 4)
     groups = [(value, table)] if hue is None else list(table.groupby(hue, sort=False))
     for i, (name, rows) in enumerate(groups):
         curve = rows.groupby("layer")[value].mean()
@@ -93,8 +93,8 @@ def plot_cumulated(table: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
     Raises:
         ArgumentError: matplotlib is not installed, or the table is another.
     """
-    _need(table, "sum_of_scores", "score_of_sum")
-    ax = _axes(ax, 5.2, 4.8)
+    need_columns(table, "sum_of_scores", "score_of_sum")
+    ax = axes_of(ax, 5.2, 4.8)
     x, y = table["sum_of_scores"], table["score_of_sum"]
     ax.plot(x, y, ".", ms=2.5, color="black", label="subvalues added, worst first")
     ends = [float(x.min()), float(x.max())]
@@ -123,8 +123,8 @@ def plot_probability(table: pd.DataFrame, *, log: bool = False, ax: "Axes | None
     Raises:
         ArgumentError: matplotlib is not installed, or the table is another.
     """
-    _need(table, "site", "times", "prob", "log_prob")
-    ax = _axes(ax, 5.2, 4)
+    need_columns(table, "site", "times", "prob", "log_prob")
+    ax = axes_of(ax, 5.2, 4)
     for i, (site, curve) in enumerate(table.groupby("site", sort=False)):
         ax.plot(curve["times"], curve["log_prob" if log else "prob"], _STYLES[i % 4], lw=1.6, label=str(site))
     ax.axvline(1, lw=0.8, color="grey")
@@ -135,7 +135,8 @@ def plot_probability(table: pd.DataFrame, *, log: bool = False, ax: "Axes | None
     return ax
 
 
-def _need(table: Any, *columns: str) -> None:
+def need_columns(table: Any, *columns: str) -> None:
+    """Refuse what is no table with these columns."""
     if not isinstance(table, pd.DataFrame):
         raise ArgumentError(message("table", "a DataFrame", type(table).__name__))
     missing = [name for name in columns if name not in table]
@@ -143,6 +144,7 @@ def _need(table: Any, *columns: str) -> None:
         raise ArgumentError(message("table", f"one with the columns {', '.join(columns)}", list(table.columns)))
 
 
-def _axes(ax: "Axes | None", wide: float, high: float) -> "Axes":
+def axes_of(ax: "Axes | None", wide: float, high: float) -> "Axes":
+    """Where to draw: the Axes given, or a new figure's."""
     pyplot = pyplot_module()
     return pyplot.subplots(figsize=(wide, high), layout="constrained")[1] if ax is None else ax
