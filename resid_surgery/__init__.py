@@ -42,6 +42,7 @@ _HOMES = {
     "evidence.graphs": "SourceGraph source_graph",
     "evidence.verifying": "Verified verify",
     "evidence.faithfulness": "faithfulness",
+    "evidence.blame": "Blame blame",
     "evidence.statistics": "bootstrap",
     "evidence.trials": "addition_test ablation_test",
     "evidence.truth": "score_against_effect agreement",

@@ -26,7 +26,7 @@ ORDER = {
     "evidence": ["check", "families", "operating", "statistics", "trials", "truth", "growth", "graphs",
                  "verifying", "faithfulness", "tipping", "restoring", "blame"],
     "views": ["plots", "figures", "circuits", "text", "files"],
-    "cli": ["common", "operating", "scoring", "main"],
+    "cli": ["common", "operating", "scoring", "tracing", "main"],
 }  # fmt: skip
 PLACE = {".".join(filter(None, [room, name])): (i, j) for i, (room, names) in enumerate(ORDER.items())
          for j, name in enumerate(names)}  # fmt: skip

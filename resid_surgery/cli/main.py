@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resid_surgery.cli import operating, scoring  # noqa: F401  (they register their commands, in this order)
+from resid_surgery.cli import operating, scoring, tracing  # noqa: F401  (they register their commands, in this order)
 from resid_surgery.cli.common import (
     AsJson,
     Device,
@@ -28,32 +28,6 @@ from resid_surgery.cli.common import (
     show,
     tokens,
 )
-
-
-@app.command()
-def sources(
-    text: Text,
-    target: Target,
-    reader: Annotated[
-        list[str] | None, typer.Option("--reader", "-r", help="A neuron; the best located ones by default.")
-    ] = None,
-    versus: Versus = None,
-    model: Model = "smollm2-135m",
-    grain: Annotated[str, typer.Option(help="layer, head, head_source, neuron or subvalue.")] = "layer",
-    norm: Annotated[str, typer.Option(help="For coefficient_without: frozen or live.")] = "frozen",
-    top: Annotated[int, typer.Option(min=1, help="Writers listed per key.")] = 10,
-    rows: Rows = 80,
-    as_json: AsJson = False,
-    dtype: Dtype = None,
-    device: Device = None,
-) -> None:
-    """What switched neurons on: exact shares of each key's pre-activation."""
-    import resid_surgery as rs
-
-    opened, prompt = load(model, dtype, device), prompt_of(text, target, versus)
-    rec = rs.record(opened, prompt)
-    readers = reader or [str(s) for s in rs.locate(rec, k=3).sites]
-    show(rs.sources(rec, readers, grain=grain, top=top, norm=norm), rows, as_json, heading=tokens(rec), extra=said(rec))
 
 
 @app.command()

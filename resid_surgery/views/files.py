@@ -57,12 +57,16 @@ def write_sweep(table: pd.DataFrame, value: str, folder: Path) -> list[Path]:
 
 
 def save_results(
-    folder: str | Path, tables: Mapping[str, pd.DataFrame], figures: Mapping[str, Any] | None = None
+    folder: str | Path,
+    tables: Mapping[str, pd.DataFrame],
+    figures: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Tables as CSV and figures as PNG in one folder, each file whole or not at all.
+    """Tables as CSV, figures as PNG and texts in one folder, each file whole or not at all.
 
     Args:
-        folder: made if need be. tables: name -> table. figures: name -> Axes or Figure; they are closed.
+        folder: made if need be. tables: name -> table. figures: name -> Axes or Figure; they are closed. texts: file
+            name, with its ending, -> text.
 
     Returns:
         The files written.
@@ -71,10 +75,10 @@ def save_results(
         ArgumentError: the folder cannot be written; a name is no file's name.
     """
     place = check_out(Path(folder), "folder")
-    figures = figures or {}
-    for name in (*tables, *figures):
+    figures, texts = figures or {}, texts or {}
+    for name in (*tables, *figures, *texts):
         if not isinstance(name, str) or not name or Path(name).name != name:
-            raise ArgumentError(message("tables, figures", "named as files can be", name))
+            raise ArgumentError(message("tables, figures, texts", "named as files can be", name))
     files = [_whole(place / f"{name}.csv", lambda path, t=table: t.to_csv(path, index=False))  # type: ignore[misc]
              for name, table in tables.items()]  # fmt: skip
     for name, drawn in figures.items():
@@ -83,6 +87,8 @@ def save_results(
             files.append(_whole(place / f"{name}.png", lambda path, f=figure: f.savefig(path, dpi=150)))  # type: ignore[misc]
         finally:
             pyplot_module().close(figure)
+    for name, words in texts.items():
+        files.append(_whole(place / name, lambda path, t=words: path.write_text(t, encoding="utf-8")))  # type: ignore[misc]
     return files
 
 
