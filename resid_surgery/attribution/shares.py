@@ -5,6 +5,7 @@
 Weights are passed once for all readings; of every reading the largest shares are kept, and the sum of all.
 """
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import final
@@ -118,6 +119,13 @@ class Writers:
         view = self.views.at(position)
         return view.work(view.resid_final) if stop is None else read_by(view, *stop)
 
+    def vectors_of(self, lists: Sequence[Listed], stops: Sequence[Place | None]) -> list[Float[Tensor, "n d_model"]]:
+        """The vectors of what is listed, as they reach their readers; a block is looked into once where that is one."""
+        if self.rec.model.anatomy.carries or self.rec.model.dtype in (torch.bfloat16, torch.float16):
+            return [self.vectors(one.segments, one.members, stop) for one, stop in zip(lists, stops, strict=True)]
+        segments, members = (torch.cat([getattr(one, name) for one in lists]) for name in ("segments", "members"))
+        return list(torch.split(self.vectors(segments, members, None), [len(one.shares) for one in lists]))
+
     def vectors(
         self, segments: Int[Tensor, " n"], members: Int[Tensor, " n"], stop: Place | None
     ) -> Float[Tensor, "n d_model"]:
@@ -146,64 +154,97 @@ class Writers:
 
     def split(self, readings: Sequence[Reading], top: int) -> list[Listed]:
         """The largest shares of every reading."""
-        tallies = [_Tally(top) for _ in readings]
+        best = _Largest(len(readings), top, self.rec.work(torch.zeros(0)))
         for position in sorted({p for one in readings for p in one.directions}):
-            here = [(one, tally) for one, tally in zip(readings, tallies, strict=True) if position in one.directions]
-            before = [tally.total for _, tally in here]
+            numbers = [i for i, one in enumerate(readings) if position in one.directions]
+            numbers.sort(key=lambda i: _order(readings[i].stop))  # what a writer is seen by is a tail of these
+            here = [readings[i] for i in numbers]
+            rows, stops = torch.tensor(numbers, device=best.total.device), [_order(one.stop) for one in here]
+            before = best.total[rows]
             for number in self.of(position):
-                self._project(number, [pair for pair in here if seen_by(self.segments[number].place, pair[0].stop)])
+                first = bisect.bisect_right(stops, _order(self.segments[number].place))
+                self._project(number, here[first:], rows[first:], best)
             if self.rec.model.dtype in (torch.bfloat16, torch.float16):
-                for (one, tally), earlier in zip(here, before, strict=True):
-                    whole = float(one.directions[position] @ self.state(position, one.stop))
-                    share = whole - (tally.total - earlier)
-                    tally.add(torch.tensor([share]), torch.tensor([share]), -1, torch.tensor([position]))
-                    tally.sum(share, abs(share), 1)
-        return [tally.listed() for tally in tallies]
+                whole = torch.stack([one.directions[position] @ self.state(position, one.stop) for one in here])
+                rest = whole.double() - (best.total[rows] - before)
+                best.take(
+                    rows, rest[:, None].to(whole), rest[:, None].to(whole), -1, torch.full_like(rows, position)[:, None]
+                )
+                best.count_in(rows, rest, rest.abs(), 1)
+        return best.listed()
 
-    def _project(self, number: int, here: "list[tuple[Reading, _Tally]]") -> None:
+    def _project(self, number: int, here: Sequence[Reading], rows: Tensor, best: "_Largest") -> None:
         one = self.segments[number]
         step = max(1, SHARE_BYTES // (8 * one.block.count))
         for low in range(0, len(here), step):
-            some = here[low : low + step]
-            shares = self._products(one, [(reading.directions, reading.stop) for reading, _ in some])
+            some, mine = here[low : low + step], rows[low : low + step]
+            shares = self._products(one, [(reading.directions, reading.stop) for reading in some])
             ranks = shares
             if self.by_inner_product:
-                ranks = self._products(one, [(reading.plain, reading.stop) for reading, _ in some])
-            kept = ranks.abs().topk(min(some[0][1].top, one.block.count), dim=1).indices
-            sums, sizes = shares.sum(1).tolist(), shares.abs().sum(1).tolist()
-            picked, ranked = shares.gather(1, kept).cpu(), ranks.gather(1, kept).cpu()
-            for i, (_, tally) in enumerate(some):
-                tally.add(picked[i], ranked[i], number, kept[i].cpu())
-                tally.sum(sums[i], sizes[i], one.block.count)
+                ranks = self._products(one, [(reading.plain, reading.stop) for reading in some])
+            sizes = shares.abs()
+            kept = (sizes if ranks is shares else ranks.abs()).topk(min(best.top, one.block.count), dim=1).indices
+            best.take(mine, shares.gather(1, kept), ranks.gather(1, kept), number, kept)
+            best.count_in(mine, shares.sum(1), sizes.sum(1), one.block.count)
 
     def _products(self, one: Segment, some: list[tuple[dict[int, Tensor], Place | None]]) -> Tensor:
         """(reading, member) products with directions at a segment's position."""
-        return one.block.project(torch.stack([at[one.position] * one.times(self.rec, stop) for at, stop in some]))
+        directions = torch.stack([at[one.position] for at, _ in some])
+        if self.rec.model.anatomy.carries:
+            times = [one.times(self.rec, stop) for _, stop in some]
+            directions = torch.stack([row * factor for row, factor in zip(directions, times, strict=True)])
+        return one.block.project(directions)
+
+
+def _order(place: Place | None) -> float:
+    """Forward order of places; what the unembedding reads comes last."""
+    return float("inf") if place is None else 2 * place[0] + (place[1] == "mlp")
 
 
 def seen_by(place: Place, stop: Place | None) -> bool:
     """Whether a writer comes before what a reader reads."""
-    return stop is None or 2 * place[0] + (place[1] == "mlp") < 2 * stop[0] + (stop[1] == "mlp")
+    return _order(place) < _order(stop)
 
 
 @final
-class _Tally:
-    """Shares of one reading as they come in."""
+class _Largest:
+    """The largest shares of many readings as blocks come in, and the sums of all.
 
-    def __init__(self, top: int) -> None:
-        self.top, self.total, self.size, self.count = top, 0.0, 0.0, 0
-        self.parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    Attributes:
+        top: how many are kept. total, size: (reading,) sums of shares and of their absolute values. count: (reading,).
+    """
 
-    def add(self, shares: Tensor, ranks: Tensor, segment: int, members: Tensor) -> None:
-        """Take in a block's largest shares."""
-        self.parts.append((shares, ranks, torch.full_like(members, segment), members))
+    def __init__(self, readings: int, top: int, like: Tensor) -> None:
+        self.top = top
+        self.total = torch.zeros(readings, dtype=torch.float64, device=like.device)
+        self.size, self.count = torch.zeros_like(self.total), torch.zeros_like(self.total, dtype=torch.int64)
+        self.ranks = torch.full((readings, top), -1.0, dtype=like.dtype, device=like.device)
+        self.shares = torch.zeros_like(self.ranks)
+        self.segments = torch.zeros_like(self.ranks, dtype=torch.int64)
+        self.members = torch.zeros_like(self.segments)
 
-    def sum(self, total: float, size: float, count: int) -> None:
+    def take(self, rows: Tensor, shares: Tensor, ranks: Tensor, segment: int, members: Tensor) -> None:
+        """Take in a block's largest; of equal ones those that came before stay."""
+        both = torch.cat([self.ranks[rows], ranks.abs()], 1)
+        order = torch.sort(both, dim=1, descending=True, stable=True).indices[:, : self.top]
+        numbers = torch.full_like(members, segment)
+        self.ranks[rows] = both.gather(1, order)
+        for held, fresh in ((self.shares, shares), (self.segments, numbers), (self.members, members)):
+            held[rows] = torch.cat([held[rows], fresh.to(held.dtype)], 1).gather(1, order)
+
+    def count_in(self, rows: Tensor, total: Tensor, size: Tensor, count: int) -> None:
         """Take in what all of a block's shares come to."""
-        self.total, self.size, self.count = self.total + total, self.size + size, self.count + count
+        self.total[rows] += total.double()
+        self.size[rows] += size.double()
+        self.count[rows] += count
 
-    def listed(self) -> Listed:
-        """The largest, largest first; equal ones in forward order."""
-        shares, ranks, segments, members = (torch.cat(one) for one in zip(*self.parts, strict=True))
-        order = torch.sort(ranks.abs(), descending=True, stable=True).indices[: self.top]
-        return Listed(shares[order], segments[order], members[order], self.total, self.size, self.count)
+    def listed(self) -> list[Listed]:
+        """Every reading's, largest first."""
+        totals, sizes, counts = self.total.tolist(), self.size.tolist(), self.count.tolist()
+        kept = (self.ranks >= 0).sum(1).tolist()
+        held = (self.shares.cpu(), self.segments.cpu(), self.members.cpu())
+        found = []
+        for i, n in enumerate(kept):
+            shares, segments, members = (one[i, :n] for one in held)
+            found.append(Listed(shares, segments, members, totals[i], sizes[i], counts[i]))
+        return found

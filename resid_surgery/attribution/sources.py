@@ -143,8 +143,13 @@ def sources(
     aim = aim_of(rec, readout, competitors)
     writers = Writers(views, grain, by == "inner_product")
     rows = _Rows(writers, norm, router)
-    for one in follow(writers, [replace(one, aim=aim) for one in asks], top=top, hops=hops, budget=budget):
-        rows.add(one)
+    found = follow(writers, [replace(one, aim=aim) for one in asks], top=top, hops=hops, budget=budget)
+    lists = [
+        (one, reading, listed) for one in found for reading, listed in zip(one.reader.readings, one.listed, strict=True)
+    ]
+    vectors = writers.vectors_of([listed for _, _, listed in lists], [reading.stop for _, reading, _ in lists])
+    for (one, reading, listed), some in zip(lists, vectors, strict=True):
+        rows.add(one, reading, listed, some)
     return rows.table()
 
 
@@ -156,14 +161,9 @@ class _Rows:
         self.writers, self.norm, self.router = writers, norm, router
         self.columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
 
-    def add(self, one: Followed) -> None:
-        """Every reading of a reader."""
-        for reading, listed in zip(one.reader.readings, one.listed, strict=True):
-            self._reading(one, reading, listed)
-
-    def _reading(self, one: Followed, reading: Reading, listed: Listed) -> None:
+    def add(self, one: Followed, reading: Reading, listed: Listed, vectors: Tensor) -> None:
+        """The rows of one reading."""
         writers, n, left = self.writers, len(listed.shares), listed.count - len(listed.shares)
-        vectors = writers.vectors(listed.segments, listed.members, reading.stop)
         pairs = list(zip(listed.segments.tolist(), listed.members.tolist(), strict=True))
         positions = [writers.position(*pair) for pair in pairs]
         at = torch.tensor(positions)

@@ -122,11 +122,15 @@ class _Weighed:
 
 
 def _neurons(rec: Recording, given: Any) -> list[Any]:
-    sites = [ask.site for ask in asks_of(rec, given, None)]
-    wrong = [site for site in sites if not isinstance(site, NEURONS)]
-    if wrong:
-        raise SiteError(f"`values` must be neurons, whose coefficients can be switched on; got {wrong[0]}.")
-    return sites
+    t, asks = rec.prompt.position, asks_of(rec, given, None)
+    for ask in asks:
+        if not isinstance(ask.site, NEURONS) or ask.position != t:
+            got = ask.site if ask.position == t else f"{ask.site}@{ask.position}"
+            raise SiteError(
+                f"`values` must be neurons at the predicting position {t}, whose coefficients can be switched on; "
+                f"got {got}."
+            )
+    return list(dict.fromkeys(ask.site for ask in asks))
 
 
 def _best(writers: Writers, readers: Sequence[_Weighed], k: int, score: str) -> list[tuple[Site, str, float]]:
