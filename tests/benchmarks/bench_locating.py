@@ -7,14 +7,13 @@ per direction saves for attention neurons at every source position; many prompts
 
 import argparse
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 
 import torch
-from bench_spine import PROMPT, exhaustive, interleaved, seconds
+from bench_spine import exhaustive
+from measuring import PROMPT, interleaved, peak, seconds
 
 import resid_surgery as rs
 from resid_surgery.attribution.searching import rank
@@ -25,32 +24,6 @@ def report(name: str, a: float, b: float, ratio: float, goal: str = "") -> None:
     print(line + (f"  goal {goal}" if goal else ""), flush=True)
 
 
-MEMORY = """
-import ctypes, resource, sys, threading, time
-import resid_surgery as rs
-
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 1e6
-
-model = rs.load("smollm2-135m")
-rec = rs.record(model, rs.Prompt("The capital of France is", target=" Paris"))
-ctypes.CDLL(None).malloc_trim(0)
-before, peak, done = resident(), [0.0], threading.Event()
-
-def watch():
-    while not done.is_set():
-        peak[0] = max(peak[0], resident())
-        time.sleep(0.001)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-{job}
-done.set()
-watcher.join()
-print(peak[0] - before)
-"""
-
 JOBS = {
     "locate, best 100": "rs.locate(rec, k=100)",
     "locate, worst 100, with its table": "rs.locate(rec, k=100, worst=True)",
@@ -58,12 +31,6 @@ JOBS = {
     "attention neurons at every position": "rs.locate(rec, k=100, kind='attn_neuron_source')",
     "locate on eight prompts": "list(rs.locate_each(model, [rec.prompt.source] * 8, k=10))",
 }
-
-
-def peak(job: str) -> float:
-    """Peak resident memory of a job in a fresh process above the loaded model, in MB."""
-    code = MEMORY.replace("{job}", job)
-    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
 
 
 def naive_sources(rec: rs.Recording, layer: int) -> torch.Tensor:
@@ -129,7 +96,7 @@ def main() -> None:
     name = "locate_many, each prompt / plain forward"
     print(f"{name:58}{ratio / 8:8.1f} x    ({a / 8 * 1e3:.0f} ms / {b * 1e3:.0f} ms)")
     for name, job in JOBS.items():
-        print(f"{'peak memory above the model: ' + name:66}{peak(job):6.0f} MB  goal <= 300", flush=True)
+        print(f"{'peak memory above the model: ' + name:66}{peak(job)[0]:6.0f} MB  goal <= 300", flush=True)
 
 
 def with_cache(folder: str, job: Callable[[], object]) -> None:

@@ -9,65 +9,14 @@ import argparse
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 
 import torch
+from measuring import PROMPT, interleaved, peak, seconds
 
 import resid_surgery as rs
 from resid_surgery.attribution.searching import rank
 
-PROMPT = rs.Prompt("The capital of France is", target=" Paris", versus=[" London", " Lyon"])
-
-
-def seconds(job: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    job()
-    return time.perf_counter() - start
-
-
-def interleaved(a: Callable[[], object], b: Callable[[], object], repeats: int) -> tuple[float, float, float]:
-    """Medians of a and b, run in turn, and the median of the pairwise ratios a / b."""
-    pairs = [(seconds(a), seconds(b)) for _ in range(repeats)]
-    return (*(statistics.median(x) for x in zip(*pairs, strict=True)), statistics.median(x / y for x, y in pairs))
-
-
-MEMORY = """
-import ctypes, resource, threading, time
-import resid_surgery as rs
-
-def resident():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 1e6
-
-model = rs.load("smollm2-135m")
-rec = rs.record(model, rs.Prompt("The capital of France is", target=" Paris"))
-ctypes.CDLL(None).malloc_trim(0)
-before, peak, done = resident(), [0.0], threading.Event()
-
-def watch():
-    while not done.is_set():
-        peak[0] = max(peak[0], resident())
-        time.sleep(0.001)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-rs.locate(rec, k=100)
-done.set()
-watcher.join()
-print(peak[0] - before, before)
-"""
-
-
-def peak_of_locate() -> tuple[float, float]:
-    """Peak resident memory of the first locate in a fresh process above what was resident, in MB."""
-    run = subprocess.run([sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True)
-    above, before = run.stdout.split()
-    return float(above), float(before)
-
-
 LOAD = """
-import time
 import torch, nnsight, transformers
 import resid_surgery as rs
 rs.load
@@ -139,7 +88,7 @@ def main() -> None:
     print(
         f"{'load, already converted':42}{again:8.1f} s    ({first_load:.1f} s the first time in a process)  goal <= 3"
     )
-    above, before = peak_of_locate()
+    above, before = peak("rs.locate(rec, k=100)")
     print(f"{'peak memory of locate above the model':42}{above:8.0f} MB   (model loaded: {before:.0f} MB)  goal <= 300")
     if not args.skip_exhaustive:
         values: list[torch.Tensor] = []
