@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Paris and London: attention tells one capital from another
 # "The capital of France is" could go on with any capital. What makes it " Paris" and not " London"?
-# 1. bs-values of both along the stream (Figure 9 of the source's case study), and which layers separate them (Figure 10).
+# 1. bs-values of both along the stream (Figure 9 of the source's case study); which layers separate them (Figure 10).
 # 2. The heads that separate them most, and what feeds those heads: each lower vector taken out of what their attention
 #    reads, with everything recomputed (Figure 11) and with the attention weights fixed (Figure 12).
 # 3. The separating subvalues of those heads with the tokens that they promote and suppress (Table 2).
@@ -76,15 +76,16 @@ def summary(rec: rs.Recording, tables: dict[str, pd.DataFrame], target: str, ver
     fed = tables["fed"][tables["fed"]["reader"] == head["site"]].sort_values("change")
     made = tables["made_from"][~tables["made_from"]["kind"].isin(["remainder", "constant"])].iloc[0]
     source = rs.parse_site(pair["site"]).source
+    most = ", ".join(f"{s} {v:+.2f}" for s, v in ordered[["site", "difference"]].head(4).values)
     return "\n".join(
         [
             f"# {target!r} against {versus!r} in {rec.model.name}",
             "",
             f"- The model puts {target!r} {float(by_kind.sum()):+.2f} logits above {versus!r} by its layers: attention "
             f"{by_kind['attn']:+.2f}, MLPs {by_kind['mlp']:+.2f}; {by_kind.idxmax()} separates them more.",
-            "- Most of it: " + ", ".join(f"{s} {v:+.2f}" for s, v in ordered[["site", "difference"]].head(4).values) + ".",
-            f"- The head that separates most is {head['site']} ({head['bs_difference']:+.2f}); its best message comes from "
-            f"{rec.prompt.tokens[source]!r} ({pair['site']} {pair['bs_difference']:+.2f}) and promotes {pair['promotes']}.",
+            f"- Most of it: {most}.",
+            f"- The head that separates most is {head['site']} ({head['bs_difference']:+.2f}); its best message comes",
+            f"  from {rec.prompt.tokens[source]!r} ({pair['site']} {pair['bs_difference']:+.2f}): {pair['promotes']}.",
             f"- It is fed most by {fed['writer'].iloc[0]}: without it what the head writes changes by "
             f"{fed['change'].iloc[0]:+.2f}, of which {fed['by_weights'].iloc[0]:+.2f} through its attention weights.",
             f"- The largest part of that message is {made['writer']} at position {made['position']} "

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Paris and Lyon: neurons tell the capital from another city
 # " Paris" and " Lyon" are both French, so the heads that read " France" raise both. What makes it the capital?
-# 1. bs-values of the cities along the stream (Figure 9 of the source's case study), and which layers separate them (10).
+# 1. bs-values of the cities along the stream (Figure 9 of the source's case study); which layers separate them (10).
 # 2. The separating neurons, with the tokens that they promote and suppress (Table 2).
 # 3. Which attention subvalues, and which lower neurons, switched those neurons on: the paper's two ways.
 # 4. The proof: the neurons zeroed, and their best queries zeroed, measured on both cities.
@@ -90,7 +90,9 @@ def summary(rec: rs.Recording, tables: dict[str, pd.DataFrame], target: str, ver
     best = ", ".join(f"{s} {v:+.2f}" for s, v in zip(pairs["site"], pairs["score"], strict=True))
     lines.append(f"- Attention subvalues that switched these neurons on or off most: {best}.")
     for _, row in tables["proof"].iterrows():
-        lines.append(f"- Zeroing {row['zeroed']} ({row['n']}) changes the difference by {row['difference_change']:+.2f}.")
+        lines.append(
+            f"- Zeroing {row['zeroed']} ({row['n']}) changes the difference by {row['difference_change']:+.2f}."
+        )
     return "\n".join(lines)
 
 

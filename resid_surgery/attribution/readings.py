@@ -37,7 +37,7 @@ class Probe:
 
     Attributes:
         taps: what has to be read, at all positions. take: (values, row, position, source or None) -> the number, of
-            one source's keys or values alone if one is given; up to a constant.
+            one source's keys or values alone if one is given; up to a constant. The last row is the clean one.
     """
 
     taps: tuple[Tap, ...]
@@ -177,23 +177,29 @@ def attention_readings(rec: Recording, layer: int, wanted: list[Wanted]) -> list
                 constants,
                 one.measured,
                 one.source,
-                _probe(layer, one.phi),
+                _probe(rec, layer, one.phi),
             )
         )
     return found
 
 
-def _probe(layer: int, phi: Phi) -> Probe:
-    tap = Tap("attn_call", layer)
-    return Probe((tap,), lambda values, row, position, source: float(phi(values[tap], row, source)))
+def _probe(rec: Recording, layer: int, phi: Phi) -> Probe:
+    """Attention's own modules on what it reads there; norms inside keep the scale of the last row, the clean one."""
+    tap, seen = Tap("attn_read", layer), rec.prompt.position + 1
+
+    def take(values: Values, row: int, position: int, source: int | None) -> float:
+        call, _ = projected(rec.model, layer, values[tap][[-1, row], :seen], ids_of(rec, 2))
+        return float(phi(call, 1, source).detach())
+
+    return Probe((tap,), take)
 
 
 def _gradient(rec: Recording, layer: int, value: Tensor, leaf: Tensor) -> Float[Tensor, "position d_model"]:
     made = torch.autograd.grad(value, leaf, retain_graph=True, allow_unused=True)[0] if value.requires_grad else None
     if made is None:
         raise UnsupportedModelError(
-            f"queries, keys or values of layer {layer} of {rec.model.name} are not made of what it reads (they are "
-            "shared with another layer), so they have no sources there."
+            f"queries, keys or values of layer {layer} of {rec.model.name} are not made of what its attention reads "
+            "first (they are shared with another layer, or taken in apart), so they have no sources there."
         )
     return rec.work(made[0])
 

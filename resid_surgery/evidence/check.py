@@ -27,7 +27,7 @@ from resid_surgery.sites import ExpertNeuron, Neuron, SharedNeuron
 from resid_surgery.stream.blocks import PostMap
 from resid_surgery.stream.closing import Closure, closures, probe, relative
 from resid_surgery.stream.kinds import neuron_block, neuron_site
-from resid_surgery.stream.recording import Recording, closure_tolerance, need_model
+from resid_surgery.stream.recording import Recording, closure_tolerance, need_model, record_bound
 from resid_surgery.stream.subvalues import addends, candidates, need_group, read_by
 from resid_surgery.stream.vocabulary import Readout
 from resid_surgery.surgery.effects import PARTS, Effect, intervene_each
@@ -141,6 +141,7 @@ def _certificates(rec: Recording) -> Iterator[Closure]:
 def _sources(rec: Recording) -> Iterator[Closure]:
     tol, layer = closure_tolerance(rec.model), _last_with_keys(rec)
     if layer is None:
+        yield from _sides(rec)
         return
     block = neuron_block(rec, layer)
     readers = [block.site(i) for i in range(0, block.count, max(1, block.count // 8))]
@@ -149,10 +150,28 @@ def _sources(rec: Recording) -> Iterator[Closure]:
         largest = float(table["share"].abs().max())
         yield Closure("8", f"shares + constant = pre-activation, {grain} grain", layer,
                       float(table["closure"].max()) / largest, tol)  # fmt: skip
+    yield from _sides(rec)
     dense = [i for i in range(rec.model.anatomy.n_layers) if rec.model.has(i, "key0")]
     if dense:
         yield Closure("10", "reading N(r - u) mid-forward changes a pre-activation by minus u's share", dense[-1],
                       _cut(rec, dense[-1]), tol)  # fmt: skip
+
+
+def _sides(rec: Recording) -> Iterator[Closure]:
+    """Value sides of all heads of the last attention layer, and a query and a key side where scores are to be had."""
+    layers = [i for i, one in enumerate(rec.layers) if one.attention is not None]
+    if not layers:
+        return
+    layer, tol = layers[-1], closure_tolerance(rec.model)
+    whole = record_bound(rec.model, rec.prompt, every=True)
+    asked = {"value": (f"L{layer}.H*", "what heads write")}
+    one = rec.layers[layer].attention
+    if one is not None and one.query is not None and one.from_scores:
+        asked |= {side: (f"L{layer}.H0<0", f"score, {side} side") for side in ("query", "key")}
+    for side, (reader, name) in asked.items():
+        table = sources(whole, reader, side=side)
+        largest = max(1e-30, float(table["share"].abs().max()))
+        yield Closure("8", f"shares + constant = {name}", layer, float(table["closure"].max()) / largest, 10 * tol)
 
 
 def _last_with_keys(rec: Recording) -> int | None:

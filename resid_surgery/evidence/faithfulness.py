@@ -38,8 +38,9 @@ def faithfulness(graph: SourceGraph, *, positions: str = "target", over: Any = N
 
     Returns:
         One row a run: run ("clean", "nodes removed", "random removed", "nodes kept", "random kept", "nothing kept"),
-        operated (how many subvalues), of (how many there are), readout (bs-value), of_clean, survives (see the module; 1
-        is everything, 0 nothing; missing where nothing kept leaves more than the clean run has), log_prob (of the target, nats), top (most probable token), taken ("zero" or "mean").
+        operated (how many subvalues), of (how many there are), readout (bs-value), of_clean, survives (see the module;
+        1 is everything, 0 nothing; missing where nothing kept leaves more than the clean run has), log_prob (of the
+        target, nats), top (most probable token), taken ("zero" or "mean").
 
     Raises:
         ArgumentError: no graph; unknown positions. StaleRecordingError: the weights changed since.
@@ -68,7 +69,9 @@ def faithfulness(graph: SourceGraph, *, positions: str = "target", over: Any = N
     }
     if not nodes:
         raise ArgumentError(f"{graph!r} has no node at the predicting position to keep; use positions='all'.")
-    effects = [intervene_each(graph.rec, [_taken(places, over)], movers=0)[0] for places in runs.values()]
+    effects = {
+        name: intervene_each(graph.rec, [_taken(places, over)], movers=0)[0] for name, places in runs.items() if places
+    }
     return _table(graph, runs, effects, len(everything), "zero" if over is None else "mean")
 
 
@@ -116,16 +119,13 @@ def _taken(places: Sequence[Place], over: Any) -> list[Intervention]:
 
 
 def _table(
-    graph: SourceGraph, runs: dict[str, list[Place]], effects: Sequence[Effect], total: int, taken: str
+    graph: SourceGraph, runs: dict[str, list[Place]], effects: dict[str, Effect], total: int, taken: str
 ) -> pd.DataFrame:
     weights = graph.aim.weights
     assert weights is not None
-    before = effects[0].before
-    clean, nothing = (float(weights @ run.bs) for run in (before, effects[-1].after))
-    rows = [
-        ("clean", 0, before),
-        *((name, len(places), e.after) for (name, places), e in zip(runs.items(), effects, strict=True)),
-    ]
+    before, after = effects["nothing kept"].before, {name: effect.after for name, effect in effects.items()}
+    clean, nothing = (float(weights @ run.bs) for run in (before, after["nothing kept"]))
+    rows = [("clean", 0, before), *((name, len(places), after.get(name, before)) for name, places in runs.items())]
     found = []
     for name, operated, run in rows:
         readout = float(weights @ run.bs)

@@ -71,7 +71,7 @@ class SourceGraph:
 
     def to_json(self) -> str:
         """The three tables and what they are of, as one JSON object (``format`` names its version)."""
-        tables = {name: json.loads(table.to_json(orient="records")) for name, table in self.tables().items()}
+        tables = {name: [_named(row) for row in table.to_dict("records")] for name, table in self.tables().items()}
         return json.dumps({"format": FORMAT, **self._head(), **tables}, ensure_ascii=False, indent=1)
 
     def tables(self) -> dict[str, pd.DataFrame]:

@@ -74,7 +74,7 @@ def verify(graph: SourceGraph, *, edges: int | None = 50, seed: int = 0) -> Veri
     """Cut sampled edges of a source graph and compare what was predicted with what is measured.
 
     predicted = -share;  measured = the reading that the model's own modules make of N_s(r - u), minus the clean one, in
-    one traced forward (`Cut`, norm frozen at the uncut r).
+    one traced forward (`Cut`, norm frozen at the uncut r; norms inside attention keep their clean scale too).
 
     Args:
         graph: from `source_graph`. edges: how many are drawn; None for all. seed: of the draw.
@@ -170,8 +170,10 @@ def _cut(graph: SourceGraph, link: Link, norm: Any) -> Cut:
         return Cut(writer.site, Constant("unembed"), norm=norm, positions=reader.position)
     if isinstance(reader.site, (Neuron, ExpertNeuron, SharedNeuron)) or _is_mlp(reader.site):
         return Cut(writer.site, reader.site, norm=norm, positions=reader.position)
-    layer, head = reader.site.layer, getattr(reader.site, "head", 0)  # type: ignore[attr-defined]
-    at = HeadSource(layer, head, writer.position)
+    layer, heads = reader.site.layer, [getattr(reader.site, "head", 0)]  # type: ignore[attr-defined]
+    if norm == "live" and isinstance(reader.site, Sublayer):  # a probe sees all heads in one edge's auxiliary row
+        heads = list(range(graph.rec.model.anatomy.sizes[layer].n_heads))
+    at = [HeadSource(layer, head, writer.position) for head in heads]
     return Cut(writer.site, at, side="value", norm=norm, positions=reader.position)
 
 

@@ -60,9 +60,7 @@ def _frozen(module: nn.Module) -> FrozenNorm | None:
     tensors = [t for t in (getattr(module, "weight", None), getattr(module, "bias", None)) if isinstance(t, Tensor)]
     if not tensors:
         return FrozenNorm(module, None)
-    if tensors[0].ndim != 1:
-        return None
     try:
-        return FrozenNorm(module, measure_norm(module, len(tensors[0]), type(module).__name__))
+        return FrozenNorm(module, measure_norm(module, tensors[0].shape[-1], type(module).__name__))
     except UnsupportedModelError:
         return None

@@ -89,10 +89,11 @@ def measure_norm(module: nn.Module, d: int, name: str) -> NormForm:
         UnsupportedModelError: no known form reproduces the module's output.
     """
     tensors = [t for t in (getattr(module, "weight", None), getattr(module, "bias", None)) if t is not None]
-    if all(t.shape == (d,) for t in tensors):
+    shape = tensors[0].shape if tensors else torch.Size([d])
+    if shape[-1:] == (d,) and all(t.shape == shape for t in tensors):
         like = tensors[0] if tensors else next(module.buffers(), torch.zeros(1))
         like = like if like.is_floating_point() else torch.zeros(1)
-        probe = torch.linspace(-1.0, 2.0, d, dtype=torch.float64).sin().to(like) * 3 + 0.5
+        probe = (torch.linspace(-1.0, 2.0, d, dtype=torch.float64).sin().to(like) * 3 + 0.5).expand(shape)
         small = probe * 0.02  # here eps counts
         try:
             with torch.no_grad():

@@ -215,9 +215,10 @@ def attended(model: OpenedModel, layer: int, x: Tensor, ids: Tensor) -> Tensor:
 
 
 def _attention_alone(traced: Any, model: OpenedModel, tap: Tap, x: Tensor, ids: Tensor) -> Any:
-    """What stands at a tap when a layer's attention reads x; blocks below are skipped, what comes after is not run."""
+    """What stands at a tap when a layer's attention reads x; blocks below are skipped where they give nothing but the
+    stream, and what comes after is not run."""
     layer, nothing = tap.layer, torch.zeros_like(x, requires_grad=False)
-    below = [place_of(traced, model, Tap("block_out", i))[0] for i in range(layer)]
+    below = [place_of(traced, model, Tap("block_out", i))[0] for i in range(layer)] if _skippable(model) else []
     read = place_of(traced, model, Tap("attn_read", layer))
     place, field = place_of(traced, model, tap)
     try:
@@ -235,6 +236,19 @@ def _attention_alone(traced: Any, model: OpenedModel, tap: Tap, x: Tensor, ids: 
             f"{_last_line(error)}), so what its queries, keys and values read cannot be split."
         ) from error
     return found[0]
+
+
+def _skippable(model: OpenedModel) -> bool:
+    """Whether a block's output is the stream and nothing else, so that another may stand in for it."""
+    if "skippable" not in model.cache:
+        with model.lock, _trace_lock, torch.no_grad():
+            traced = _traced(model)
+            block = place_of(traced, model, Tap("block_out", 0))[0]
+            with traced.trace(input_ids=model.probe_ids(), use_cache=False) as tracer:
+                found = nnsight.save([block.output])
+                tracer.stop()
+        model.cache["skippable"] = isinstance(found[0], Tensor)
+    return bool(model.cache["skippable"])
 
 
 def _affine(model: OpenedModel) -> tuple[Any, dict[int, list[FrozenNorm]]]:

@@ -292,13 +292,13 @@ def _table(rec: Recording, meter: Meter, coordinates: list[dict[str, Any]], meas
     names = dict.fromkeys(name for row in coordinates for name in row)
     order = [name for name in names if name not in COORDINATES] + [name for name in COORDINATES if name in names]
     table = pd.DataFrame({name: _column([row.get(name) for row in coordinates]) for name in order})
+    results: dict[str, Any] = {}
     for name, values in columns.items():
         if name == "top_id":
-            table["top"] = [token_text(int(i), rec.model.tokenizer) for i in values.tolist()]
+            results["top"] = [token_text(int(i), rec.model.tokenizer) for i in values.tolist()]
         else:
-            table[name] = values.numpy() if name != "rank" else values.long().numpy()
-    table["frame"] = frames
-    return table
+            results[name] = values.numpy() if name != "rank" else values.long().numpy()
+    return pd.concat([table, pd.DataFrame({**results, "frame": frames})], axis=1)
 
 
 def _column(values: list[Any]) -> Any:
