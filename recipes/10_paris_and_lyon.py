@@ -5,7 +5,7 @@
 # 2. The separating neurons, with the tokens that they promote and suppress (Table 2).
 # 3. Which attention subvalues, and which lower neurons, switched those neurons on: the paper's two ways.
 # 4. The proof: the neurons zeroed, and their best queries zeroed, measured on both cities.
-# The summary is written from the numbers. (The source's case study has " Bordeaux", three tokens here.)
+# The summary is written from the numbers. (The source has " Bordeaux", three tokens here.)
 
 # %%
 from typing import Any
@@ -55,7 +55,6 @@ def main(
     figures = {
         "figure_9": rs.plot_stream(tables["stream"], marked=neurons.sites),
         "figure_10": rs.plot_layers(layers, "difference", hue="kind", ylabel=f"bs {target!r} - {versus!r} (logits)"),
-        "sources": rs.plot_sources(tables["sources"]),
     }
     rs.save_results(out, tables, figures, {"summary.md": summary(rec, tables, target, versus)})
     return tables
@@ -76,8 +75,7 @@ def summary(rec: rs.Recording, tables: dict[str, pd.DataFrame], target: str, ver
     """What was found, from the numbers."""
     by_kind = tables["layers"].groupby("kind")["difference"].sum()
     ordered = tables["layers"].sort_values("difference", ascending=False)
-    queries = tables["queries"]
-    pairs = queries[(queries["way"] == "direct") & (queries["of"] == "head_source")].head(4)
+    pairs = tables["queries"].query("way == 'direct' and of == 'head_source'").head(4)
     lines = [
         f"# {target!r} against {versus!r} in {rec.model.name}",
         "",

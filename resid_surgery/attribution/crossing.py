@@ -104,7 +104,7 @@ def _of_layer(rec: Recording, layer: int, signs: Tensor, grain: str, norm: str, 
 
 
 def _part(site: Site) -> str:
-    return "embed" if isinstance(site, Constant) else str(getattr(site, "part", "attn"))
+    return site.name if isinstance(site, Constant) else str(getattr(site, "part", "attn"))
 
 
 def _lent(

@@ -16,7 +16,7 @@ from resid_surgery.attribution.aims import Aim
 from resid_surgery.attribution.asking import NEURONS, Ask, readers_of
 from resid_surgery.attribution.readings import Reader, Reading
 from resid_surgery.attribution.shares import Listed, Writers
-from resid_surgery.sites import ExpertNeuron, Head, HeadSource, Site, Sublayer
+from resid_surgery.sites import ExpertNeuron, Head, HeadSource, SharedNeuron, Site, Sublayer
 
 AT_ONCE = 16
 
@@ -131,7 +131,8 @@ def followable(writers: Writers, site: Site, position: int) -> bool:
     if isinstance(site, NEURONS):
         if isinstance(site, ExpertNeuron):
             return bool(model.experts(site.layer).keys(site.expert))
-        return bool(model.block(site.layer).keys)
+        row = model.block(site.layer)
+        return bool(row.shared_keys if isinstance(site, SharedNeuron) else row.keys)
     if isinstance(site, (Head, HeadSource)):
         return True
     if isinstance(site, Sublayer):

@@ -45,8 +45,8 @@ def attention_sources(
     ``recomputed`` is what it then writes; ``weights_fixed`` is the same with the attention weights of the clean run.
 
     Args:
-        rec: a recording made with ``positions="all"``. reader: a head, a (head, source), an attention layer, slices
-            of them, or several.
+        rec: a recording made with ``positions="all"``. reader: a head, an attention layer, slices of them, or
+            several.
         readout: "target", "difference" or "log_prob" (see `sources`). versus: other competitors.
         norm: "live" gives the norm the scale of what is left, "frozen" keeps that of the whole.
 

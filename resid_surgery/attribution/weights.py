@@ -7,7 +7,7 @@ are the identity; zeros give the biases, and one more row proves that nothing bu
 transposed, grouped and latent projections are all the same to that. Norms inside attention count with scale 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from resid_surgery._check import message
 from resid_surgery.addresses import as_sites, expand
 from resid_surgery.errors import ArgumentError, SiteError, UnsupportedModelError
+from resid_surgery.models.attention import AttentionCall
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.parts import Norm
 from resid_surgery.models.tracing import projected
@@ -26,7 +27,7 @@ from resid_surgery.stream.blocks import PostMap
 from resid_surgery.stream.recording import closure_tolerance, need_model
 
 ROWS = 1024
-KEEP_BYTES = 1 << 30
+KEEP_BYTES = 256 << 20
 
 
 @final
@@ -59,13 +60,16 @@ class LayerMaps:
     """The maps of one layer's attention, as it makes them of N(x).
 
     Attributes:
-        query, key: or None where the model gives attention weights only. value. scaling: of scores.
+        query, key: both, or None where they are no maps to be had. value. scaling: of scores. why: there are none. own:
+            queries and keys are made of what the layer reads, and the weights of them.
     """
 
     query: Projected | None
     key: Projected | None
     value: Projected
     scaling: float
+    why: str = ""
+    own: bool = True
 
     @property
     def size(self) -> int:
@@ -80,7 +84,7 @@ class HeadMaps:
 
     Attributes:
         site: which head.
-        w_q, w_k: (d_model, d_key) un-rotated, with biases b_q, b_k; None where the model gives attention weights only.
+        w_q, w_k: (d_model, d_key) un-rotated, with biases b_q, b_k; None where there are no such maps: `why`.
         w_v: (d_model, d_head) with bias b_v. w_o: (d_head, d_model).
         scaling: score = scaling * (x w_q + b_q) . (x' w_k + b_k) at distance 0, before a cap and softmax.
     """
@@ -94,6 +98,7 @@ class HeadMaps:
     b_k: Float[Tensor, " d_key"] | None
     b_v: Float[Tensor, " d_head"]
     scaling: float
+    why: str
 
     def ov(self) -> Float[Tensor, "d_model d_model"]:
         """W_V W_O, made on request: row x of the stream at a source -> x W_V W_O of what the head writes."""
@@ -103,10 +108,10 @@ class HeadMaps:
         """scaling * W_Q W_K^T, made on request: x (query side) . qk . x' (key side) is the score without biases.
 
         Raises:
-            SiteError: the model gives attention weights only.
+            UnsupportedModelError: its queries or keys are no maps to be had.
         """
         if self.w_q is None or self.w_k is None:
-            raise SiteError(f"`{self.site}` has no queries and keys to be had: its model gives attention weights only.")
+            raise UnsupportedModelError(f"`{self.site}` has no QK circuit: {self.why}")
         return self.scaling * self.w_q @ self.w_k.T
 
 
@@ -158,6 +163,7 @@ class HeadWeights:
             b_k=None if k is None else k.bias[0],
             b_v=v.bias[0],
             scaling=maps.scaling,
+            why=maps.why,
         )
 
 
@@ -177,8 +183,8 @@ def head_weights(model: OpenedModel, heads: Any = None, *, fold: bool = True) ->
         `HeadWeights`: index it by site or text, or iterate; each is a `HeadMaps`.
 
     Raises:
-        SiteError: no such head. ArgumentError: `fold` is no bool. UnsupportedModelError: a layer's attention is not
-        affine in what it reads, or reads another layer's values.
+        SiteError: no such head. ArgumentError: `fold` is no bool. UnsupportedModelError: a layer's values are not
+        affine in what it reads, or another layer's.
 
     Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.
     """
@@ -204,6 +210,14 @@ def heads_of(model: OpenedModel, given: Any) -> tuple[Head, ...]:
             raise SiteError(message("heads", "heads such as L5.H1 or L3:6.H*", str(site), model=model.name))
         found.append(site.resolve(model.anatomy))  # type: ignore[arg-type]
     return tuple(dict.fromkeys(found))
+
+
+def by_layer(heads: Sequence[Head]) -> dict[int, list[Head]]:
+    """Heads of each layer, in the order given."""
+    found: dict[int, list[Head]] = {}
+    for head in heads:
+        found.setdefault(head.layer, []).append(head)
+    return found
 
 
 def per_weights(model: OpenedModel) -> dict[Any, Any]:
@@ -266,47 +280,40 @@ def _made(model: OpenedModel, layer: int) -> LayerMaps:
     d = model.anatomy.d_model
     probe = torch.linspace(-1.0, 2.0, d).sin()
     x = torch.cat([torch.eye(d), torch.zeros(1, d), probe[None]]).to(model.device, model.dtype)
-    sides: dict[str, list[Tensor]] = {"query": [], "key": [], "value": []}
-    scaling = 1.0
-    for rows in torch.split(x, ROWS):
-        call, _ = projected(model, layer, rows[:, None], zero_ids(model, len(rows)), unit=True)
-        scaling = call.scaling
-        for name, found in sides.items():
-            made = getattr(call, name)
-            if made is not None and (name == "value" or call.from_scores):
-                _need_own(model, layer, name, made)
-                found.append(made.detach()[:, :, 0])
-    maps = {name: _linear(model, layer, torch.cat(found), x[-1], name) for name, found in sides.items() if found}
-    return LayerMaps(maps.get("query"), maps.get("key"), maps["value"], scaling)
+    calls = [projected(model, layer, rows[:, None], any_ids(model, len(rows)), unit=True)[0]
+             for rows in torch.split(x, ROWS)]  # fmt: skip
+    value, wrong = _side(model, layer, calls, x[-1], "value")
+    if value is None:
+        raise UnsupportedModelError(f"heads of layer {layer} of {model.name} are no matrices: {wrong}")
+    scaling = calls[0].scaling
+    if not all(call.from_scores for call in calls):
+        return LayerMaps(None, None, value, scaling, "the model gives its attention weights only.", own=False)
+    (query, first), (key, second) = (_side(model, layer, calls, x[-1], name) for name in ("query", "key"))
+    if query is None or key is None:
+        own = all(one.requires_grad for call in calls for one in (call.query, call.key) if one is not None)
+        return LayerMaps(None, None, value, scaling, first or second, own)
+    return LayerMaps(query, key, value, scaling)
 
 
-def _need_own(model: OpenedModel, layer: int, name: str, made: Tensor) -> None:
-    if not made.requires_grad:
-        raise UnsupportedModelError(
-            f"the {name} of layer {layer} of {model.name} is not made of what the layer reads (another layer's is "
-            "used), so it has no map there. Leave that layer out of `heads`."
-        )
+def any_ids(model: OpenedModel, rows: int) -> Tensor:
+    """(row, 1) tokens of one-token prompts, where they do not matter; no padding, which models warn about."""
+    return model.probe_ids()[:, :1].expand(rows, 1)
 
 
-def zero_ids(model: OpenedModel, rows: int) -> Tensor:
-    """(row, 1) tokens of one-token prompts, where they do not matter."""
-    device = model.shadow.get_input_embeddings().weight.device  # type: ignore[operator]
-    return torch.zeros(rows, 1, dtype=torch.long, device=device)
-
-
-def _linear(
-    model: OpenedModel, layer: int, made: Float[Tensor, "row head width"], probe: Tensor, name: str
-) -> Projected:
-    """The map that unit vectors, zeros and a probe give, if it is one."""
+def _side(
+    model: OpenedModel, layer: int, calls: list[AttentionCall], probe: Float[Tensor, " d_model"], name: str
+) -> tuple[Projected | None, str]:
+    """The map that unit vectors, zeros and a probe give, or why there is none."""
+    found: list[Tensor] = [getattr(call, name) for call in calls]
+    if not all(one.requires_grad for one in found):
+        return None, f"the {name} is not made of what enters layer {layer}'s attention (another layer's is used)."
+    made = torch.cat([one.detach()[:, :, 0] for one in found])
     bias = made[-2]
     weight = (made[:-2] - bias).transpose(0, 1).contiguous()
-    work = torch.float64 if made.dtype == torch.float64 else torch.float32
-    parts = weight.to(work) * probe.to(work)[:, None]
-    off = float((parts.sum(1) + bias.to(work) - made[-1].to(work)).abs().max())
-    size = float((parts.abs().sum(1) + bias.to(work).abs()).max())
+    parts = model.work(weight) * model.work(probe)[:, None]
+    off = float((parts.sum(1) + model.work(bias) - model.work(made[-1])).abs().max())
+    size = float((parts.abs().sum(1) + model.work(bias).abs()).max())
     if not off <= 10 * closure_tolerance(model) * size:
-        raise UnsupportedModelError(
-            f"attention of layer {layer} of {model.name} is not affine in what it reads, even with its norms frozen "
-            f"(its {name} is off by {off:.2g} of {size:.2g}), so no matrix describes its heads."
-        )
-    return Projected(weight, bias)
+        wrong = f"the {name} is not affine in what layer {layer} reads, even with its norms frozen"
+        return None, f"{wrong} (off by {off:.2g} of {size:.2g})."
+    return Projected(weight, bias), ""
