@@ -19,6 +19,7 @@ from resid_surgery.attribution.scores import scores
 from resid_surgery.attribution.searching import rank
 from resid_surgery.attribution.sources import sources
 from resid_surgery.attribution.states import States, logsumexp_
+from resid_surgery.errors import UnsupportedModelError
 from resid_surgery.models.envoys import Values
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.taps import Tap
@@ -169,7 +170,10 @@ def _sides(rec: Recording) -> Iterator[Closure]:
     if one is not None and one.query is not None and one.from_scores:
         asked |= {side: (f"L{layer}.H0<0", f"score, {side} side") for side in ("query", "key")}
     for side, (reader, name) in asked.items():
-        table = sources(whole, reader, side=side)
+        try:
+            table = sources(whole, reader, side=side)
+        except UnsupportedModelError:  # taken in apart, or shared with another layer: `sources` says so
+            continue
         largest = max(1e-30, float(table["share"].abs().max()))
         yield Closure("8", f"shares + constant = {name}", layer, float(table["closure"].max()) / largest, 10 * tol)
 
