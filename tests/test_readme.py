@@ -56,7 +56,19 @@ def test_every_score_stands_in_the_tables():
 
 @pytest.mark.parametrize(
     "name",
-    ["operate", "decompose", "locate", "locate-many", "scores", "sources", "sweep", "check", "check --all-families"],
+    [
+        "operate",
+        "decompose",
+        "locate",
+        "locate-many",
+        "scores",
+        "sources",
+        "graph",
+        "blame",
+        "sweep",
+        "check",
+        "check --all-families",
+    ],
 )
 def test_every_command_is_named(name):
     assert f"`{name}" in README or f"resid-surgery {name}" in README

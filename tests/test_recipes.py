@@ -12,6 +12,8 @@ QUICK = {
     "06_the_ablation_test": {"kinds": ("capital",), "each": 2, "draws": 1},
     "07_score_against_truth": {"kinds": ("capital",), "each": 2, "whole": 0, "best": 20, "random": 100},
     "08_how_scores_behave": {"kinds": ("capital",), "each": 1, "layers": [27]},
+    "11_why_mumbai": {"until": "above"},
+    "12_circuits_of_heads": {"repeats": 2},
 }
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.py"))
 

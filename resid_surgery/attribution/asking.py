@@ -8,6 +8,7 @@ from resid_surgery.addresses import SIDES, At, Slice, as_sites, expand, parse_si
 from resid_surgery.attribution.aims import Aim
 from resid_surgery.attribution.attn_readers import (
     attention_neuron,
+    need_scores,
     score_readers,
     unembedding,
     value_readers,
@@ -27,7 +28,7 @@ from resid_surgery.sites import (
     Site,
     Sublayer,
 )
-from resid_surgery.stream.elsewhere import Elsewhere
+from resid_surgery.stream.elsewhere import Elsewhere, need_stream
 from resid_surgery.stream.recording import Recording
 from resid_surgery.stream.subvalues import need_group, resolve_in
 
@@ -64,7 +65,26 @@ def asks_of(rec: Recording, given: Any, side: str | None) -> list[Ask]:
             asks += _ask(rec, each, own or side)
     if not asks:
         raise SiteError("`reader` must be at least one reader; got none.")
+    for ask in asks:
+        _possible(rec, ask)
     return asks
+
+
+def _possible(rec: Recording, ask: Ask) -> None:
+    """Refuse what the recording does not hold, before anything runs."""
+    if ask.side in ("query", "key") and isinstance(ask.site, HeadSource):
+        need_scores(rec, ask.site, ask.side)
+    if set(_read_at(ask)) != {rec.prompt.position}:
+        need_stream(rec)
+
+
+def _read_at(ask: Ask) -> Sequence[int]:
+    """The positions whose stream a reader reads."""
+    attends = isinstance(ask.site, (AttnNeuron, *HEADS)) or getattr(ask.site, "part", None) == "attn"
+    if not attends or ask.side == "query":
+        return [ask.position]
+    source: int | None = getattr(ask.site, "source", None)
+    return range(ask.position + 1) if source is None else [source, *([ask.position] if ask.side == "key" else [])]
 
 
 def _with_side(one: Any) -> tuple[Any, str | None]:
@@ -89,8 +109,22 @@ def _ask(rec: Recording, given: Site, side: str | None) -> list[Ask]:
             f"a sublayer or unembed; got {given}."
         )
     site = site if isinstance(site, Constant) else resolve_in(rec, site)
+    source = getattr(site, "source", None)
+    if source is not None and source > position:
+        raise SiteError(f"`{given}` reads source position {source}, which comes after position {position}.")
+    if isinstance(site, Constant) and position != rec.prompt.position:
+        raise SiteError(
+            f"`{given}` is no reader of this recording: it reads the final stream of the predicting position "
+            f"{rec.prompt.position} only. Record with Prompt(position={position})."
+        )
     if isinstance(site, Sublayer):
         rec.model.anatomy.require(site.layer, site.part, f"sources of {site}")
+    written = isinstance(site, (Sublayer, Constant)) or (isinstance(site, HEADS) and side in (None, "value", "all"))
+    if written and position != rec.prompt.position:
+        raise SiteError(
+            f"`{given}` writes towards a readout, which is of the predicting position {rec.prompt.position}; at other "
+            "positions neurons, attention neurons and the query and key sides of heads can be asked for."
+        )
     if side is not None and not isinstance(site, HEADS):
         raise SiteError(f"`side` must be left out for `{site}`, which is no head; got {side!r}.")
     if not isinstance(site, HEADS):

@@ -17,13 +17,14 @@ from resid_surgery.attribution.readings import (
     ids_of,
     state_at,
 )
-from resid_surgery.errors import SiteError
+from resid_surgery.errors import SiteError, UnsupportedModelError
 from resid_surgery.models.attention import AttentionCall
 from resid_surgery.models.parts import Norm
 from resid_surgery.models.tracing import projected
 from resid_surgery.sites import AttnNeuron, Constant, Head, HeadSource, Site, Sublayer
+from resid_surgery.stream.elsewhere import need_stream
 from resid_surgery.stream.kinds import attention_of, joint_parts
-from resid_surgery.stream.recording import Recording
+from resid_surgery.stream.recording import Recording, closure_tolerance
 from resid_surgery.stream.records import attention_rows, repeat_kv
 
 
@@ -77,12 +78,17 @@ class LinearReader:
 @final
 @dataclass(frozen=True, eq=False)
 class ScoreReader:
-    """A head's query side or key side: reads scores before softmax, hands on the attention weight of one source."""
+    """A head's query side or key side: reads scores before softmax, hands on the attention weight of one source.
+
+    Attributes:
+        call: the attention call of the run: its mask, cap and sinks are kept.
+    """
 
     rec: Recording
     site: HeadSource
     readings: list[Reading]
     number: float
+    call: AttentionCall
     what: str = "attention weight"
 
     def without(
@@ -111,7 +117,7 @@ class ScoreReader:
             query[head, 0] = call.query[row, head, t]
         else:
             keys[head, source] = repeat_kv(call.key[row], len(one.query))[head, source]
-        return attention_rows(call, row, [t], query=query, key=keys)[0, head, source]
+        return attention_rows(self.call, 0, [t], query=query, key=keys)[0, head, source]
 
     def only(self, reading: Reading, kept: Mapping[int, Float[Tensor, " d_model"]], norm: str) -> float:
         """See `Reader`."""
@@ -167,9 +173,10 @@ def _values(
 
     def phi(call: AttentionCall, row: int, only: int | None) -> Tensor:
         values = repeat_kv(call.value[row], len(alpha))[:, : t + 1].to(alpha)
+        kept, worth = amounts.clone(), through.clone()  # no inference tensors, which no gradient passes
         if only is None:
-            return torch.einsum("hj,hjd,hd->", amounts, values, through)
-        return torch.einsum("h,hd,hd->", amounts[:, only], values[:, only], through)
+            return torch.einsum("hj,hjd,hd->", kept, values, worth)
+        return torch.einsum("h,hd,hd->", kept[:, only], values[:, only], worth)
 
     return Wanted("value", unit, phi, sources, measured, {}, source)
 
@@ -181,18 +188,43 @@ def score_readers(rec: Recording, layer: int, wanted: list[tuple[HeadSource, str
         SiteError: the model gives its attention weights only.
     """
     for site, side in wanted:
-        _need_scores(rec, site, side)
-    nothing = attention_inputs(rec, layer, ())[None]
-    call, _ = projected(rec.model, layer, nothing, ids_of(rec, 1), frozen=False)
+        need_scores(rec, site, side)
+    call = _call_of(rec, layer)
     readings = attention_readings(rec, layer, [_score(rec, site, side, call) for site, side in wanted])
     alpha = attention_of(rec, layer, f"L{layer}.H0").alpha
     return [
-        ScoreReader(rec, site, [reading], float(alpha[site.head, site.source]))
+        ScoreReader(rec, site, [reading], float(alpha[site.head, site.source]), call)
         for (site, _), reading in zip(wanted, readings, strict=True)
     ]
 
 
-def _need_scores(rec: Recording, site: HeadSource, side: str) -> None:
+def _call_of(rec: Recording, layer: int) -> AttentionCall:
+    """A layer's attention call in this run. Where the mask hangs on what other positions read, they are needed.
+
+    Raises:
+        ArgumentError: other positions are needed and were not recorded. UnsupportedModelError: the mask is another.
+    """
+    t, everywhere = rec.prompt.position, tuple(range(rec.prompt.position + 1))
+    x = attention_inputs(rec, layer, (t,) if rec.stream is None else everywhere)[None]
+    call, _ = projected(rec.model, layer, x, ids_of(rec, 1), frozen=False)
+    one = attention_of(rec, layer, f"L{layer}.H0")
+    assert one.query is not None
+    assert one.key is not None
+    alpha = attention_rows(call, 0, [t], query=one.query[:, None], key=one.key[:, : t + 1])[0]
+    if not float((alpha - one.alpha[:, : t + 1]).abs().max()) <= 10 * closure_tolerance(rec.model):
+        need_stream(rec)
+        raise UnsupportedModelError(
+            f"attention of layer {layer} of {rec.model.name} cannot be repeated: its mask is another than in the run."
+        )
+    return call
+
+
+def need_scores(rec: Recording, site: HeadSource, side: str) -> None:
+    """Refuse a side whose scores the model does not give.
+
+    Raises:
+        SiteError: it gives its attention weights only.
+    """
     one = attention_of(rec, site.layer, str(site))
     if one.query is None or one.key is None or not one.from_scores:
         raise SiteError(
@@ -212,9 +244,9 @@ def _score(rec: Recording, site: HeadSource, side: str, made: AttentionCall) -> 
     def phi(call: AttentionCall, row: int, only: int | None) -> Tensor:
         if side == "query":
             assert call.query is not None
-            return call.query[row, site.head, t].to(key) @ key * call.scaling
+            return call.query[row, site.head, t].to(key) @ key.clone() * call.scaling
         assert call.key is not None
-        return repeat_kv(call.key[row], n_heads)[site.head, site.source].to(query) @ query * call.scaling
+        return repeat_kv(call.key[row], n_heads)[site.head, site.source].to(query) @ query.clone() * call.scaling
 
     bias = _position_bias(made, site, t)
     measured = float(query @ key) * made.scaling + bias

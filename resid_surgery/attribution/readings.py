@@ -160,8 +160,9 @@ def attention_readings(rec: Recording, layer: int, wanted: list[Wanted]) -> list
     states = {p: state_at(rec, layer, p) for p in needed}
     found = []
     for one in wanted:
-        value, zero = one.phi(call, 0, None), one.phi(call, 1, None)
-        gradient = _gradient(rec, layer, value, leaf)
+        with torch.inference_mode(False), torch.enable_grad():
+            value, zero = one.phi(call, 0, None), one.phi(call, 1, None)
+            gradient = _gradient(rec, layer, value, leaf)
         _need_affine(rec, layer, value, zero, gradient, x)
         directions = {p: norm.pull(gradient[p], norm.scale(states[p])) for p in one.positions}
         constant = float(zero.detach()) + sum(float(gradient[p] @ norm.bias) for p in one.positions)

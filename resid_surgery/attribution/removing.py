@@ -17,12 +17,12 @@ from resid_surgery.addresses import as_sites, expand
 from resid_surgery.attribution.aims import Aim, aim_of, need_readout
 from resid_surgery.attribution.readings import ids_of
 from resid_surgery.attribution.shares import seen_by
-from resid_surgery.errors import SiteError
+from resid_surgery.errors import SiteError, UnsupportedModelError
 from resid_surgery.models.tracing import attended, projected
 from resid_surgery.sites import Constant, Head, Site, Sublayer
 from resid_surgery.stream.elsewhere import need_stream
 from resid_surgery.stream.kinds import attention_of
-from resid_surgery.stream.recording import Recording, be_recording, need_recording
+from resid_surgery.stream.recording import Recording, be_recording, closure_tolerance, need_recording
 from resid_surgery.stream.records import repeat_kv
 from resid_surgery.stream.subvalues import resolve_in
 
@@ -117,6 +117,7 @@ def _of_layer(rec: Recording, layer: int, readers: list[Reads], aim: Aim, norm: 
     assert isinstance(state, Tensor)
     size = rec.model.anatomy.sizes[layer]
     z, values = _without(rec, layer, state, [torch.zeros_like(state), *(u for _, u in writers)], norm)
+    _need_same(rec, layer, z[0])
     worth = rec.work(rec.model.rows(layer, "attn_out").rows) @ aim.at_output(rec, layer, "attn")
     worth = worth.view(size.n_heads, size.d_head)
     recomputed = (z.view(len(z), *worth.shape) * worth).sum(-1)
@@ -126,6 +127,16 @@ def _of_layer(rec: Recording, layer: int, readers: list[Reads], aim: Aim, norm: 
         heads = [one.head] if isinstance(one, Head) else list(range(size.n_heads))
         frames.append(_table(one, [site for site, _ in writers], recomputed[:, heads].sum(1), fixed[:, heads].sum(1)))
     return pd.concat(frames, ignore_index=True)
+
+
+def _need_same(rec: Recording, layer: int, found: Float[Tensor, " width"]) -> None:
+    """With nothing removed, attention run alone must mix what the recording has."""
+    kept = rec.work(attention_of(rec, layer, f"L{layer}.H0").z).flatten()
+    if not float((found - kept).abs().max()) <= 100 * closure_tolerance(rec.model) * float(kept.abs().max()):
+        raise UnsupportedModelError(
+            f"attention of layer {layer} of {rec.model.name} reads its input in more than one argument, so that a "
+            "lower vector cannot be taken out of all of it here. Use rs.sources, or rs.Cut."
+        )
 
 
 def _without(

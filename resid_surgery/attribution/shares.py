@@ -154,8 +154,11 @@ class Writers:
 
     def split(self, readings: Sequence[Reading], top: int) -> list[Listed]:
         """The largest shares of every reading."""
-        best = _Largest(len(readings), top, self.rec.work(torch.zeros(0)))
-        for position in sorted({p for one in readings for p in one.directions}):
+        positions = sorted({p for one in readings for p in one.directions})
+        there = sum(self.segments[number].block.count for p in positions for number in self.of(p))
+        most = min(top, there + len(positions))  # and what is rounded at each
+        best = _Largest(len(readings), most, self.rec.work(torch.zeros(0)))
+        for position in positions:
             numbers = [i for i, one in enumerate(readings) if position in one.directions]
             numbers.sort(key=lambda i: _order(readings[i].stop))  # what a writer is seen by is a tail of these
             here = [readings[i] for i in numbers]

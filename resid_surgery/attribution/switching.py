@@ -161,9 +161,9 @@ def _lent(writers: Writers, number: int, one: _Weighed, score: str) -> Float[Ten
 
 
 def _table(best: list[tuple[Site, str, float]], hop: int, readers: int) -> pd.DataFrame:
-    columns = ["site", "kind", "layer", "score", "rank"]
+    columns = {"site": str, "kind": str, "layer": int, "score": float, "rank": int}
     rows = [(str(s), kind, s.layer, value, i) for i, (s, kind, value) in enumerate(best, start=1)]  # type: ignore[attr-defined]
-    table = pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows, columns=list(columns)).astype(columns)  # the same for a hop that finds nothing
     table.insert(0, "hop", hop)
     table["values"] = readers
     return table

@@ -2,9 +2,9 @@
 
 A head that reads x through its layer's norm, N(x) = gain * centre(x) / s + beta, writes sum_j alpha_j v_j W_O with
 v_j = N(x_j) W_V + b_V, where alpha is a softmax of (N(x_t) W_Q + b_Q) . (N(x_j) W_K + b_K). The maps are found by
-running the layer's own attention on unit vectors, one to a row of a batch and all at position 0, where rotations
-are the identity; zeros give the biases, and one more row proves that nothing but a linear map was there. Fused,
-transposed, grouped and latent projections are all the same to that. Norms inside attention count with scale 1.
+running the layer's own attention at position 0, where rotations are the identity: zeros give the biases, gradients the
+linear parts (one coordinate to a row of a batch), and a probe proves that nothing else was there. Fused, transposed,
+grouped and latent projections are all the same to that. Norms inside attention count with scale 1.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,6 @@ from torch import Tensor
 from resid_surgery._check import message
 from resid_surgery.addresses import as_sites, expand
 from resid_surgery.errors import ArgumentError, SiteError, UnsupportedModelError
-from resid_surgery.models.attention import AttentionCall
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.parts import Norm
 from resid_surgery.models.tracing import projected
@@ -26,7 +25,8 @@ from resid_surgery.sites import Head
 from resid_surgery.stream.blocks import PostMap
 from resid_surgery.stream.recording import closure_tolerance, need_model
 
-ROWS = 1024
+SIDES = ("query", "key", "value")
+ROWS = 512
 KEEP_BYTES = 256 << 20
 
 
@@ -278,42 +278,61 @@ def _names_of_folded(model: OpenedModel, layers: dict[int, LayerMaps]) -> tuple[
 
 def _made(model: OpenedModel, layer: int) -> LayerMaps:
     d = model.anatomy.d_model
-    probe = torch.linspace(-1.0, 2.0, d).sin()
-    x = torch.cat([torch.eye(d), torch.zeros(1, d), probe[None]]).to(model.device, model.dtype)
-    calls = [projected(model, layer, rows[:, None], any_ids(model, len(rows)), unit=True)[0]
-             for rows in torch.split(x, ROWS)]  # fmt: skip
-    value, wrong = _side(model, layer, calls, x[-1], "value")
-    if value is None:
-        raise UnsupportedModelError(f"heads of layer {layer} of {model.name} are no matrices: {wrong}")
-    scaling = calls[0].scaling
-    if not all(call.from_scores for call in calls):
-        return LayerMaps(None, None, value, scaling, "the model gives its attention weights only.", own=False)
-    (query, first), (key, second) = (_side(model, layer, calls, x[-1], name) for name in ("query", "key"))
-    if query is None or key is None:
-        own = all(one.requires_grad for call in calls for one in (call.query, call.key) if one is not None)
-        return LayerMaps(None, None, value, scaling, first or second, own)
-    return LayerMaps(query, key, value, scaling)
+    x = torch.stack([torch.zeros(d), torch.linspace(-1.0, 2.0, d).sin()]).to(model.device, model.dtype)
+    call, _ = projected(model, layer, x[:, None], any_ids(model, 2), unit=True)
+    made = {name: side for name in SIDES if (side := getattr(call, name)) is not None and side.requires_grad}
+    weights = _jacobians(model, layer, {name: (side.shape[1], side.shape[3]) for name, side in made.items()})
+    found = {name: Projected(weights[name], side.detach()[0, :, 0]) for name, side in made.items()}
+    wrong = {name: _not_affine(model, found[name], x[1], side.detach()[1, :, 0]) for name, side in made.items()}
+    why = {name: wrong.get(name, "not made of its input (another layer's, or another argument)") for name in SIDES}
+    said = [f"the {name} of layer {layer} is {why[name]}." for name in SIDES if why[name]]
+    if why["value"]:
+        raise UnsupportedModelError(f"heads of layer {layer} of {model.name} are no matrices: {said[-1]}")
+    if not call.from_scores:
+        said = ["the model gives its attention weights only."]
+    if said:
+        own = call.from_scores and len(made) == len(SIDES)
+        return LayerMaps(None, None, found["value"], call.scaling, said[0], own)
+    return LayerMaps(found["query"], found["key"], found["value"], call.scaling)
+
+
+def _jacobians(
+    model: OpenedModel, layer: int, shapes: dict[str, tuple[int, int]]
+) -> dict[str, Float[Tensor, "head d_model width"]]:
+    """Side -> its linear part, of (head, width) shapes: one backward pass for `ROWS` coordinates, one to a row.
+
+    Gradients, not differences: a large bias would round the weights away.
+    """
+    found: dict[str, list[Tensor]] = {name: [] for name in shapes}
+    most = max(heads * width for heads, width in shapes.values())
+    for low in range(0, most, ROWS):
+        n = min(ROWS, most - low)
+        x = torch.zeros(n, 1, model.anatomy.d_model, device=model.device, dtype=model.dtype)
+        call, leaf = projected(model, layer, x, any_ids(model, n), unit=True)
+        for name, (heads, width) in shapes.items():
+            wanted = range(low, min(low + n, heads * width))
+            with torch.inference_mode(False):
+                picked = torch.zeros(n, heads * width, device=leaf.device, dtype=leaf.dtype)
+                picked[range(len(wanted)), wanted] = 1
+                made = getattr(call, name)
+                rows = torch.autograd.grad(made, leaf, picked.view(n, heads, 1, width), retain_graph=True)[0]
+            found[name].append(rows[: len(wanted), 0])
+    stacked = {name: torch.cat(rows).view(*shapes[name], -1) for name, rows in found.items()}
+    return {name: rows.transpose(1, 2).contiguous() for name, rows in stacked.items()}
+
+
+def _not_affine(
+    model: OpenedModel, one: Projected, x: Float[Tensor, " d_model"], made: Float[Tensor, "head width"]
+) -> str:
+    """Why a map does not give what was made of a probe; nothing if it does."""
+    parts, bias = model.work(one.weight) * model.work(x)[:, None], model.work(one.bias)
+    off = float((parts.sum(1) + bias - model.work(made)).abs().max())
+    size = float((parts.abs().sum(1) + bias.abs()).max())
+    if off <= 10 * closure_tolerance(model) * size:
+        return ""
+    return f"not affine in its input, even with its norms frozen (off by {off:.2g} of {size:.2g})"
 
 
 def any_ids(model: OpenedModel, rows: int) -> Tensor:
     """(row, 1) tokens of one-token prompts, where they do not matter; no padding, which models warn about."""
     return model.probe_ids()[:, :1].expand(rows, 1)
-
-
-def _side(
-    model: OpenedModel, layer: int, calls: list[AttentionCall], probe: Float[Tensor, " d_model"], name: str
-) -> tuple[Projected | None, str]:
-    """The map that unit vectors, zeros and a probe give, or why there is none."""
-    found: list[Tensor] = [getattr(call, name) for call in calls]
-    if not all(one.requires_grad for one in found):
-        return None, f"the {name} is not made of what enters layer {layer}'s attention (another layer's is used)."
-    made = torch.cat([one.detach()[:, :, 0] for one in found])
-    bias = made[-2]
-    weight = (made[:-2] - bias).transpose(0, 1).contiguous()
-    parts = model.work(weight) * model.work(probe)[:, None]
-    off = float((parts.sum(1) + model.work(bias) - model.work(made[-1])).abs().max())
-    size = float((parts.abs().sum(1) + model.work(bias).abs()).max())
-    if not off <= 10 * closure_tolerance(model) * size:
-        wrong = f"the {name} is not affine in what layer {layer} reads, even with its norms frozen"
-        return None, f"{wrong} (off by {off:.2g} of {size:.2g})."
-    return Projected(weight, bias), ""
