@@ -103,7 +103,9 @@ def test_verbs_that_need_one_site_say_so_of_slices_and_positions():
     rec = rs.record(shared("llama"), rs.Prompt(ids=[5, 4, 3, 2], target=1))
     assert set(rs.sources(rec, "L1.N0:2", top=1)["reader"]) == {"L1.N0", "L1.N1"}
     assert set(rs.spectrum(rec, "L1.H*", top=1)["site"]) == {f"L1.H{h}" for h in range(4)}
-    with pytest.raises(rs.SiteError, match="names a position"):
+    with pytest.raises(rs.ArgumentError, match='positions="all"'):
         rs.sources(rec, "L1.N0@2")
+    with pytest.raises(rs.SiteError, match="names a position"):
+        rs.spectrum(rec, "L1.N0@2")
     with pytest.raises(rs.SiteError, match=re.escape("must be a neuron")):
         rs.sources(rec, "L1.Q0")

@@ -243,18 +243,37 @@ bad("locate the worst 'yes'", lambda b: rs.locate(b.rec, worst="yes"), ArgumentE
 # sources
 bad("sources in text", lambda b: rs.sources("rec", "L0.N0"), ArgumentError, NO_RECORDING)
 bad(
-    "sources of a sublayer",
-    lambda b: rs.sources(b.rec, "L0.attn"),
+    "sources of a state",
+    lambda b: rs.sources(b.rec, "L0.resid_pre"),
     SiteError,
-    "`reader` must be a neuron .*; got L0.attn",
+    "`reader` must be a neuron .*; got L0.resid_pre",
 )
+bad("sources at other positions", lambda b: rs.sources(b.rec, "L1.attn"), ArgumentError, 'positions="all"')
+bad("a side of a neuron", lambda b: rs.sources(b.rec, "L0.N0", side="key"), SiteError, "`side` must be left out")
+bad(
+    "a side of nothing known", lambda b: rs.sources(b.rec, "L0.H0", side="keys"), ArgumentError, "`side` must be one of"
+)
+bad("what feeds a neuron's attention", lambda b: rs.attention_sources(b.rec, "L1.N0"), SiteError,
+    "`reader` must be a head such as L9.H4 .*; got L1.N0")  # fmt: skip
+bad("cross-layer of L9", lambda b: rs.cross_layer(b.rec, [9]), ArgumentError, "layers")
+bad(
+    "queries of what is no neuron",
+    lambda b: rs.query_subvalues(b.rec, "unembed"),
+    SiteError,
+    "`values` must be neurons",
+)
+bad("a graph of one node", lambda b: rs.source_graph(b.rec, nodes=1), ArgumentError, "`nodes` must be .* >= 2; got 1")
+bad("a graph of one position", lambda b: rs.source_graph(b.rec), ArgumentError, 'positions="all"')
+bad("verifying a table", lambda b: rs.verify("graph"), ArgumentError, "`graph` must be a graph from")
+bad("faithfulness of nothing", lambda b: rs.faithfulness(None), ArgumentError, "`graph` must be a graph from")
+bad("blame of a text", lambda b: rs.blame("rec", 1, 2), ArgumentError, "`rec` must be a recording")
 bad("sources of L3", lambda b: rs.sources(b.rec, "L3.N0"), SiteError, THREE_LAYERS)
 bad("sources of an idle expert", lambda b: rs.sources(b.mixture, f"L0.E{b.idle}.N1"), SiteError, "is not active")
 bad("sources without an expert", lambda b: rs.sources(b.mixture, "L0.N1"), SiteError, "does not say which expert")
 bad("sources where no neuron is", lambda b: rs.sources(b.hybrid, "L0.N1"), SiteError, "layer 0 has no mlp writer")
 bad("sources by a router", lambda b: rs.sources(b.rec, "L0.N0", router="live"), ArgumentError,
     "`router` must be one of fixed, recomputed; got 'live'")  # fmt: skip
-bad("sources of none", lambda b: rs.sources(b.rec, []), SiteError, "`sites` must be at least one site")
+bad("sources of none", lambda b: rs.sources(b.rec, []), SiteError, "`reader` must be at least one reader")
 bad("sources by layers", lambda b: rs.sources(b.rec, "L0.N0", grain="layers"), ArgumentError, GRAINS + r".*'layer'\?")
 bad("sources under an own norm", lambda b: rs.sources(b.rec, "L0.N0", norm="own"), ArgumentError,
     "`norm` must be one of frozen, live; got 'own'")  # fmt: skip
