@@ -373,7 +373,6 @@ def test_neurons_of_shared_experts_are_followed_and_their_edges_cut():
     assert hops.loc[hops["hop"] == 2, "reader"].str.contains("shared.N").any()
 
 
-@pytest.mark.xfail(strict=True, raises=rs.ClosureError, reason="a packed sweep of pairs does not fall back in Falcon")
 def test_pairs_are_cut_from_falcons_unembedding():
     graph = graph_of("falcon", "head_source")
     links = [one for one in graph.links if one.reader == 0 and isinstance(graph.grown[one.writer].site, rs.HeadSource)]

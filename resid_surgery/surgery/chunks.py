@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from resid_surgery.errors import InterventionError, UnsupportedModelError
+from resid_surgery.errors import ClosureError, InterventionError, UnsupportedModelError
 from resid_surgery.models.envoys import Values, Write
 from resid_surgery.models.taps import Tap
 from resid_surgery.models.tracing import forward
@@ -83,7 +83,7 @@ def run_chunk(frames: Frames, group: Sequence[Row]) -> Outcome:
     reads = [last, Tap("bs"), *raws, *writing.everywhere, *(tap for taps in sums.values() for tap in taps)]
     values = _forward(frames, grid, control, reads, writing.writes(), start)
     writing.settle(values)
-    cutting.settle(values)
+    _settle(frames, cutting, values)
     final = _finals(frames, grid, values, control, cutting.rows)
     check_fired(writing, cutting, values, None)
     _check_sums(writing, sums, values)
@@ -105,6 +105,16 @@ def _forward(
         ids, extra = frames.feed(grid, control + 1, start, stream)
         return forward(frames.model, ids, reads, writes, logits_at=[grid.place(control, frames.t)[1]], **extra)
     except UnsupportedModelError as error:
+        if frames.kind == "packed":
+            raise NotExactError(float("inf")) from error
+        raise
+
+
+def _settle(frames: Frames, cutting: Cutting, values: Values) -> None:
+    """Settle edges into the unembedding; where a cache does not give what they need, whole prompts run instead."""
+    try:
+        cutting.settle(values)
+    except ClosureError as error:
         if frames.kind == "packed":
             raise NotExactError(float("inf")) from error
         raise
