@@ -38,6 +38,7 @@ def test_the_benchmark_was_pasted_in():
     assert "exact top-100 / plain forward" in block("bench")
     assert "one nnsight trace each / sweep" in block("bench-surgery")
     assert "exhaustive pass / worst 100" in block("bench-locating")
+    assert "verified by cutting 50 edges" in block("bench-sources")
 
 
 def test_every_score_stands_in_the_tables():
