@@ -40,7 +40,7 @@ MORE = ("beam", "cohere", "diffllama", "exaone4", "falcon", "gemma4", "granitemo
 
 def graph_of(family, grain=None, readout=None, nodes=40):
     """A graph that several tests look at."""
-    both = COMBINED.get(family, ("subvalue" if family != "falcon" else "neuron", "target"))
+    both = COMBINED.get(family, ("subvalue", "target"))
     return _graph(family, grain or both[0], readout or both[1], nodes)
 
 
