@@ -546,3 +546,34 @@ def test_prompts_that_cannot_be_are_refused_before_any_forward(case, no_forward)
     no_forward()
     with pytest.raises(error, match=said):
         call(model)
+
+
+def of_last_attention(family):
+    """A recording of a loud tiny model, and its last layer with attention."""
+    model = rs.load(tiny(family))
+    rec = rs.record(model, rs.Prompt(ids=[5, 4, 3, 9], target=1, versus=[2]), positions="all")
+    return rec, [i for i, one in enumerate(rec.layers) if one.attention is not None][-1]
+
+
+@pytest.mark.parametrize("family", ["bamba", "cohere", "glm_moe_dsa"])
+def test_every_side_splits_where_blocks_give_a_tuple_or_norms_have_a_gain_a_head(family):
+    rec, layer = of_last_attention(family)
+    table = rs.sources(rec, f"L{layer}.H1<1", side="all", norm="live", top=3)
+    assert set(table["key"]) == {"value", "query", "key"}
+    assert table["closure"].max() <= 1e-4 * table["share"].abs().max()
+    assert table.loc[table["kind"] != "constant", "coefficient_without"].notna().all()
+
+
+def test_attention_that_takes_its_input_three_times_is_refused():
+    rec, layer = of_last_attention("ctrl")
+    with pytest.raises(rs.UnsupportedModelError, match="reads its input in more than one argument"):
+        attention_sources(rec, f"L{layer}.attn")
+    with pytest.raises(rs.UnsupportedModelError, match="taken in apart"):
+        rs.sources(rec, f"L{layer}.H0<1", side="query")
+
+
+def test_messages_name_a_few_of_many_sites():
+    many = rs.Zero([f"L0.N{i}" for i in range(11)])
+    assert many.brief.endswith("'L0.N7', and 3 more])")
+    assert repr(many).endswith("'L0.N10'])")
+    assert rs.Zero("L0.N1").brief == "Zero(['L0.N1'])"
