@@ -73,7 +73,11 @@ class Verified:
 def verify(graph: SourceGraph, *, edges: int | None = 50, seed: int = 0) -> Verified:
     """Cut sampled edges of a source graph and compare what was predicted with what is measured.
 
-    predicted = -share;  measured = the reading that the model's own modules make of N_s(r - u), minus the clean one, in
+    Edges into value sides are measured through the same attention, its inner norms frozen, that gave their direction
+    (see `probing`), and so are a less independent check than edges into neurons and MLPs. ``target_change`` is the
+    effect in a forward of the whole model, whatever the edge.
+
+    predicted = -share;  measured = the reading that the modules make of N_s(r - u), minus the clean one, in
     one traced forward (`Cut`, norm frozen at the uncut r; norms inside attention keep their clean scale too).
 
     Args:

@@ -1,7 +1,9 @@
 """Probing: what a reader's own number becomes when one edge into it is cut, measured in a forward of the model.
 
 Each edge gets a row, and an auxiliary row in which its reader alone reads N_s(r - u), r and u being that run's; the
-reader's number is taken there by the model's own modules and held against the control row's.
+reader's number is taken there and held against the control row's. Neurons and MLPs: as the forward's own projections
+computed it. Value sides: what that row's attention reads is put through the attention alone, its inner norms at the
+control row's scale; the same modules gave the prediction its direction, so such edges are a less independent check.
 """
 
 from collections.abc import Sequence
