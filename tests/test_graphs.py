@@ -24,7 +24,8 @@ from slow_readers import WHERE, Reading, Worth
 from torch import nn
 
 import resid_surgery as rs
-from resid_surgery.errors import ArgumentError, PromptError, StaleRecordingError
+from resid_surgery.attribution import readings
+from resid_surgery.errors import ArgumentError, InterventionError, PromptError, SiteError, StaleRecordingError
 from resid_surgery.evidence import faithfulness as faithful
 from resid_surgery.evidence.faithfulness import faithfulness
 from resid_surgery.evidence.graphs import FORMAT, source_graph
@@ -294,6 +295,73 @@ def test_every_edge_that_is_cut_changes_its_reading_by_minus_its_share(family):
     assert (found.table["error"] <= 2e-7 * found.table["scale"]).all()
     cuttable = len(graph.edges) - sum(found.skipped.values())
     assert len(found.table) == (min(20, cuttable) if family in FAMILIES else cuttable)
+
+
+def values_of(graph):
+    """The graph with edges into value sides alone."""
+    keys = [graph.grown[one.reader].reader.readings[one.reading].key for one in graph.links]
+    return replace(graph, links=tuple(one for one, key in zip(graph.links, keys, strict=True) if key == "value"))
+
+
+def no_attention_alone(monkeypatch):
+    """No attention can be run alone from here on."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("attention was run alone")
+
+    monkeypatch.setattr(readings, "projected", refuse)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "qwen3", "olmo2", "phi", "doge", "bloom", "diffllama"])
+def test_values_are_measured_in_the_forward_itself_where_no_norm_makes_them(family, monkeypatch):
+    """Norms of queries and keys (Qwen3, OLMo-2, Phi) are no norms of values."""
+    graph = values_of(graph_of(family, "head", "difference"))
+    no_attention_alone(monkeypatch)
+    found = verify(graph, edges=None)
+    assert len(found.table) > 2
+    assert found.worst < 1e-12
+    assert found.table["measured"].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "minicpm3", "gemma4"])
+def test_values_that_a_norm_makes_are_measured_with_its_scale_kept(family, monkeypatch):
+    graph = values_of(graph_of(family, "head", "difference"))
+    found = verify(graph, edges=None)
+    assert len(found.table) > 2
+    assert found.worst <= 2e-7
+    no_attention_alone(monkeypatch)
+    with pytest.raises(AssertionError, match="attention was run alone"):
+        verify(graph, edges=None)
+
+
+def test_norms_before_values_are_found_in_half_precision():
+    for family, expected in (
+        ("deepseek_v2", (True, True, True)),
+        ("qwen3", (True, True, False)),
+        ("gpt2", (False,) * 3),
+    ):
+        rec = recorded(family, dtype=torch.bfloat16)
+        rs.sources(rec, "L1.H1<2", side="value")
+        assert rec.model.cache["inner_norms"][1] == dict(zip(("query", "key", "value"), expected, strict=True))
+
+
+def test_biases_of_attention_beside_experts_are_cut_and_change_what_was_predicted():
+    """GPT-OSS: the attention's bias is known before the mixture runs; an expert's bias is not."""
+    graph = _graph("gpt_oss", "subvalue", "target", 60, torch.float64)
+    found = verify(graph, edges=None)
+    assert found.worst < 1e-12
+    mine = found.table[found.table["writer"].str.contains("attn.bias")]
+    assert len(mine) == graph.edges["writer"].str.contains("attn.bias").sum() > 2
+    assert {"readout", "gate"} <= set(mine["key"])
+    assert mine["predicted"].abs().max() > 0.1
+    ((why, count),) = found.skipped.items()
+    assert why == "the writer is a part of a mixture of experts"
+    assert count == graph.edges["writer"].str.contains(r"\.E\d").sum()
+    mlp = rs.Cut(rs.Bias(0, "mlp"), "unembed")
+    with pytest.raises(
+        SiteError, match=r"`L0\.mlp\.bias->unembed` cannot be operated on: .* Use L0\.mlp as the writer"
+    ):
+        rs.intervene(graph.rec, mlp)
 
 
 @pytest.mark.parametrize(("which", "change"), [(0, 1.02), (15, -1.0), (-1, 0.0)])
@@ -755,6 +823,45 @@ BAD = {
 }
 
 
+SHORT, OTHERS = rs.Prompt(ids=[7, 3], target=TARGET), rs.Prompt(ids=list(IDS), target=TARGET)
+UNFIT = {
+    "nothing": (list, ArgumentError, "`over` must be at least one recording or"),
+    "one recording": (lambda: recorded("gpt2"), ArgumentError, "`over` must be a sequence of recordings"),
+    "numbers": (lambda: [3], ArgumentError, "`over` must be "),
+    "another model": (
+        lambda: [OTHERS, recorded("llama")],
+        InterventionError,
+        "must be a recording of the same opened m",
+    ),
+    "too short": (lambda: [OTHERS, SHORT], InterventionError, r"position \d .* has no counterpart in .*2 tokens"),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "positions"),  # every prompt has a predicting position
+    [(case, at) for case in UNFIT for at in ("target", "all") if (case, at) != ("too short", "target")],
+)
+def test_what_no_mean_can_be_taken_over_is_refused_before_any_forward(case, positions, no_forward):
+    over, error, said = UNFIT[case]
+    graph, given = graph_of("gpt2", "head", "target"), over()
+    no_forward()
+    with pytest.raises(error, match=said):
+        faithfulness(graph, positions=positions, over=given)
+
+
+def test_sources_that_a_prompt_does_not_have_are_refused_before_any_forward(no_forward):
+    graph = graph_of("gpt2", "head_source", "target")
+    no_forward()
+    with pytest.raises(InterventionError, match=r"has no counterpart|the donor has no L\d\.H\d<\d at position 1"):
+        faithfulness(graph, over=[SHORT])
+
+
+def test_prompts_given_one_by_one_serve_every_run():
+    graph, prompts = graph_of("gpt2", "head", "target"), [OTHERS, rs.Prompt(ids=[9, 2, 9, 4, 8, 1], target=TARGET)]
+    once = faithfulness(graph, positions="all", over=(one for one in prompts))
+    pd.testing.assert_frame_equal(once, faithfulness(graph, positions="all", over=prompts))
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_call_is_one_clear_error_before_any_forward(case, no_forward):
     call, error, said = BAD[case]
@@ -781,6 +888,8 @@ def test_a_graph_with_no_node_where_it_would_be_operated_says_what_to_do(no_forw
     no_forward()
     with pytest.raises(ArgumentError, match=r"has no node at the predicting position to keep; use positions='all'\."):
         faithfulness(graph)
+    with pytest.raises(ArgumentError, match=r"has no node to keep at any position; grow it with more nodes\."):
+        faithfulness(graph, positions="all")
 
 
 def test_weights_that_changed_are_refused():

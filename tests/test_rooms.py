@@ -9,9 +9,9 @@ import resid_surgery
 
 ROOT = Path(resid_surgery.__file__).parent
 ORDER = {
-    "": ["errors", "_check", "_progress", "sites", "addresses"],
+    "": ["errors", "_check", "_files", "_progress", "sites", "addresses"],
     "models": ["zoo", "parts", "experts", "layout", "calls", "ends", "mlps", "wiring", "anatomy", "prompts", "facts",
-               "fingerprint", "checkpoints", "opening", "attention", "taps", "envoys", "freezing", "tracing",
+               "fingerprint", "checkpoints", "opening", "replacing", "attention", "taps", "envoys", "freezing", "tracing",
                "settling"],
     "stream": ["records", "recording", "elsewhere", "blocks", "kinds", "subvalues", "vocabulary", "tables", "closing",
                "loading", "knowing"],
@@ -26,6 +26,10 @@ ORDER = {
                 "altering", "storing"],
     "evidence": ["check", "families", "operating", "statistics", "trials", "truth", "growth", "graphs",
                  "verifying", "faithfulness", "tipping", "restoring", "blame"],
+    "editing": ["changes", "rewrites", "keeping", "outside", "edits", "placing", "coefficients", "value_rows", "keys",
+                "values", "rank_one", "least_squares", "probes", "texts", "relations", "importing", "auditing",
+                "exposure", "harness", "running", "decoding", "asking", "controls", "intervals", "policy", "gating",
+                "reports", "streams", "validating"],
     "views": ["plots", "figures", "circuits", "text", "files"],
     "cli": ["common", "operating", "scoring", "tracing", "main"],
 }  # fmt: skip

@@ -25,6 +25,7 @@ from resid_surgery.sites import Site
 from resid_surgery.stream.elsewhere import need_stream
 from resid_surgery.stream.recording import Recording, closure_tolerance
 
+SIDES = ("query", "key", "value")
 Phi = Callable[[AttentionCall, int, int | None], Tensor]
 """(call, row of its batch, source or None) -> a number, linear in the call's queries, keys or values; of one source's
 alone if one is given."""
@@ -157,7 +158,7 @@ def attention_readings(rec: Recording, layer: int, wanted: list[Wanted]) -> list
     x = attention_inputs(rec, layer, needed)
     call, leaf = projected(rec.model, layer, torch.stack([x, torch.zeros_like(x)]), ids_of(rec, 2))
     norm = rec.model.norm(layer, "attn_norm")
-    states = {p: state_at(rec, layer, p) for p in needed}
+    states, normed = {p: state_at(rec, layer, p) for p in needed}, _normed(rec, layer, call, leaf)
     found = []
     for one in wanted:
         with torch.inference_mode(False), torch.enable_grad():
@@ -178,21 +179,38 @@ def attention_readings(rec: Recording, layer: int, wanted: list[Wanted]) -> list
                 constants,
                 one.measured,
                 one.source,
-                _probe(rec, layer, one.phi),
+                _probe(rec, layer, one, normed[one.key]),
             )
         )
     return found
 
 
-def _probe(rec: Recording, layer: int, phi: Phi) -> Probe:
-    """Attention's own modules on what it reads there; norms inside keep the scale of the last row, the clean one."""
-    tap, seen = Tap("attn_read", layer), rec.prompt.position + 1
+def _probe(rec: Recording, layer: int, one: Wanted, normed: bool) -> Probe:
+    """The call that the forward itself made. Where norms stand before it, attention's own modules on what it reads
+    there, those norms at the scale of the last row, the clean one."""
+    if not normed:
+        call = Tap("attn_call", layer)
+        return Probe((call,), lambda values, row, position, source: float(one.phi(values[call], row, source)))
+    read, seen = Tap("attn_read", layer), rec.prompt.position + 1
 
     def take(values: Values, row: int, position: int, source: int | None) -> float:
-        call, _ = projected(rec.model, layer, values[tap][[-1, row], :seen], ids_of(rec, 2))
-        return float(phi(call, 1, source).detach())
+        made, _ = projected(rec.model, layer, values[read][[-1, row], :seen], ids_of(rec, 2))
+        return float(one.phi(made, 1, source).detach())
 
-    return Probe((tap,), take)
+    return Probe((read,), take)
+
+
+def _normed(rec: Recording, layer: int, call: AttentionCall, x: Tensor) -> dict[str, bool]:
+    """Whether norms inside attention stand before its queries, keys and values: another scale makes others of them."""
+    known: dict[int, dict[str, bool]] = rec.model.cache.setdefault("inner_norms", {})
+    if layer not in known:
+        other, _ = projected(rec.model, layer, x, ids_of(rec, len(x)), unit=True)
+        known[layer] = {side: not _equal(getattr(call, side), getattr(other, side)) for side in SIDES}
+    return known[layer]
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
 
 
 def _gradient(rec: Recording, layer: int, value: Tensor, leaf: Tensor) -> Float[Tensor, "position d_model"]:

@@ -19,10 +19,12 @@ from resid_surgery.attribution.shares import Writers
 from resid_surgery.errors import ArgumentError
 from resid_surgery.evidence.graphs import SourceGraph
 from resid_surgery.models.prompts import token_text
-from resid_surgery.sites import Bias, Constant, Site
+from resid_surgery.sites import Bias, Constant, Resid, Site
 from resid_surgery.stream.elsewhere import Elsewhere
+from resid_surgery.surgery.arguments import Donor
 from resid_surgery.surgery.effects import Effect, intervene_each
 from resid_surgery.surgery.interventions import Intervention, Mean, Zero
+from resid_surgery.surgery.resolving import Resolver, Scene
 
 Place = tuple[int, Site]
 
@@ -43,7 +45,9 @@ def faithfulness(graph: SourceGraph, *, positions: str = "target", over: Any = N
         target, nats), top (most probable token), taken ("zero" or "mean").
 
     Raises:
-        ArgumentError: no graph; unknown positions. StaleRecordingError: the weights changed since.
+        ArgumentError: no graph; unknown positions; no node to keep there; no prompts or recordings.
+        InterventionError: one of `over` is of another model, or has no counterpart of a position or source.
+        StaleRecordingError: the weights changed since. All before any forward runs.
 
     Source: faithfulness of circuits as in activation-patching studies; zero ablation as in Yu & Ananiadou, section 5.
     """
@@ -55,6 +59,8 @@ def faithfulness(graph: SourceGraph, *, positions: str = "target", over: Any = N
     where = [t] if positions == "target" else list(range(t + 1))
     graph.rec.require_fresh()
     writers = Writers(Elsewhere(graph.rec), graph.grain)
+    _need_nodes(graph, positions, where)
+    donors = None if over is None else _donors(graph, writers, over, where)
     everything = [(p, site) for p in where for site in _subvalues(writers, p)]
     there = set(everything)
     nodes = [place for node in graph.grown[1:] if (place := (node.position, node.site)) in there]
@@ -67,12 +73,34 @@ def faithfulness(graph: SourceGraph, *, positions: str = "target", over: Any = N
         "random kept": _without(everything, drawn),
         "nothing kept": everything,
     }
-    if not nodes:
-        raise ArgumentError(f"{graph!r} has no node at the predicting position to keep; use positions='all'.")
     effects = {
-        name: intervene_each(graph.rec, [_taken(places, over)], movers=0)[0] for name, places in runs.items() if places
+        name: intervene_each(graph.rec, [_taken(places, donors)], movers=0)[0]
+        for name, places in runs.items()
+        if places
     }
     return _table(graph, runs, effects, len(everything), "zero" if over is None else "mean")
+
+
+def _need_nodes(graph: SourceGraph, positions: str, where: Sequence[int]) -> None:
+    """Refuse a graph none of whose nodes would be operated on."""
+    if any(node.position in where and _operable(node.site) for node in graph.grown[1:]):
+        return
+    if positions == "target":
+        raise ArgumentError(f"{graph!r} has no node at the predicting position to keep; use positions='all'.")
+    raise ArgumentError(f"{graph!r} has no node to keep at any position; grow it with more nodes.")
+
+
+def _donors(graph: SourceGraph, writers: Writers, over: Any, where: Sequence[int]) -> tuple[Donor, ...]:
+    """What means are taken over; refused if it does not reach every position and source."""
+    t = graph.rec.prompt.position
+    each = {getattr(site, "source", None): site for site in _subvalues(writers, t)}  # one site a source
+    asked = [Mean(list(each.values()), over, positions=t)]
+    donors = asked[0].over
+    asked += [Mean(Resid(0, "pre"), donors, positions=p) for p in where if p != t]
+    resolver = Resolver(Scene.of(graph.rec))
+    for one in asked:
+        resolver.resolve(one)
+    return donors
 
 
 def _subvalues(writers: Writers, position: int) -> list[Site]:
@@ -81,7 +109,11 @@ def _subvalues(writers: Writers, position: int) -> list[Site]:
     for number in writers.of(position):
         block = writers.segments[number].block
         found += [block.site(i) for i in range(block.count)]
-    return [site for site in found if not isinstance(site, (Bias, Constant))]
+    return [site for site in found if _operable(site)]
+
+
+def _operable(site: Site) -> bool:
+    return not isinstance(site, (Bias, Constant))
 
 
 def _like(nodes: Sequence[Place], everything: Sequence[Place], draw: random.Random) -> list[Place]:
@@ -109,7 +141,7 @@ def _without(everything: Sequence[Place], some: Sequence[Place]) -> list[Place]:
     return [place for place in everything if place not in gone]
 
 
-def _taken(places: Sequence[Place], over: Any) -> list[Intervention]:
+def _taken(places: Sequence[Place], over: tuple[Donor, ...] | None) -> list[Intervention]:
     by_position: dict[int, list[Site]] = {}
     for position, site in places:
         by_position.setdefault(position, []).append(site)

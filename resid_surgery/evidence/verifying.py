@@ -19,7 +19,6 @@ from resid_surgery.evidence.graphs import SourceGraph
 from resid_surgery.evidence.growth import Link
 from resid_surgery.sites import (
     AttnNeuron,
-    Bias,
     Constant,
     ExpertNeuron,
     Head,
@@ -32,6 +31,7 @@ from resid_surgery.sites import (
 from resid_surgery.stream.vocabulary import token_names
 from resid_surgery.surgery.interventions import Cut
 from resid_surgery.surgery.probing import Probed, probe_edges
+from resid_surgery.surgery.resolving import of_mixture
 from resid_surgery.surgery.sweeping import sweep
 
 CHUNK = 64
@@ -73,9 +73,10 @@ class Verified:
 def verify(graph: SourceGraph, *, edges: int | None = 50, seed: int = 0) -> Verified:
     """Cut sampled edges of a source graph and compare what was predicted with what is measured.
 
-    Edges into value sides are measured through the same attention, its inner norms frozen, that gave their direction
-    (see `probing`), and so are a less independent check than edges into neurons and MLPs. ``target_change`` is the
-    effect in a forward of the whole model, whatever the edge.
+    Readings are taken from what that forward itself computed. One kind is not: where a norm stands inside attention
+    before its values (DeepSeek, Gemma 4), edges into value sides are measured through the same attention with that
+    norm frozen that gave their direction (see `probing`), a less independent check. ``target_change`` is the effect in
+    a forward of the whole model, whatever the edge.
 
     predicted = -share;  measured = the reading that the modules make of N_s(r - u), minus the clean one, in
     one traced forward (`Cut`, norm frozen at the uncut r; norms inside attention keep their clean scale too).
@@ -155,9 +156,7 @@ def _row(graph: SourceGraph, link: Link, change: float) -> dict[str, Any]:
 def _uncuttable(graph: SourceGraph, link: Link) -> str | None:
     """Why an edge cannot be cut, or None."""
     writer = graph.grown[link.writer].site
-    if isinstance(writer, (ExpertNeuron, SharedNeuron)) or (
-        isinstance(writer, Bias) and graph.rec.model.block(writer.layer).mlp_kind == "experts"
-    ):
+    if of_mixture(graph.rec.model, writer):
         return "the writer is a part of a mixture of experts"
     if isinstance(writer, Constant) and writer.name != "embed":
         return "the writer is rounding"

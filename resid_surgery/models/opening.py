@@ -42,7 +42,13 @@ class OpenedModel:
     """
 
     def __init__(
-        self, module: nn.Module, tokenizer: Any, name: str, note: str = "", layout: Layout | None = None
+        self,
+        module: nn.Module,
+        tokenizer: Any,
+        name: str,
+        note: str = "",
+        layout: Layout | None = None,
+        anatomy: Anatomy | None = None,
     ) -> None:
         self.module = module
         self.tokenizer = tokenizer
@@ -54,9 +60,12 @@ class OpenedModel:
         self._shadow: nn.Module | None = None
         self._shadow_token: tuple[Any, ...] | None = None
         _require_readable(module, name)
+        if anatomy is not None:
+            self.anatomy: Anatomy = anatomy
+            return
         row = read_layout(self.shadow, name, self.probe_ids()) if layout is None else layout
         how = "read off one forward" if layout is None else "as given"
-        self.anatomy: Anatomy = dissect(module, row, name, how)
+        self.anatomy = dissect(module, row, name, how)
 
     def __repr__(self) -> str:
         a = self.anatomy

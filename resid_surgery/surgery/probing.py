@@ -1,9 +1,10 @@
 """Probing: what a reader's own number becomes when one edge into it is cut, measured in a forward of the model.
 
 Each edge gets a row, and an auxiliary row in which its reader alone reads N_s(r - u), r and u being that run's; the
-reader's number is taken there and held against the control row's. Neurons and MLPs: as the forward's own projections
-computed it. Value sides: what that row's attention reads is put through the attention alone, its inner norms at the
-control row's scale; the same modules gave the prediction its direction, so such edges are a less independent check.
+reader's number is taken there and held against the control row's: of the coefficients, neurons' inputs and values that
+this forward itself made. Only where a norm stands inside attention before its values is what that row's attention reads
+put through the attention alone, that norm at the control row's scale: a cut keeps every norm's scale, and the forward's
+own inner norms do not. The same modules gave those edges their direction, so they are a less independent check.
 """
 
 from collections.abc import Sequence

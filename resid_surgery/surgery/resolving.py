@@ -199,12 +199,7 @@ class Resolver:
                 f"`{site}` cannot be operated on in {self.scene.model.name}: layer {layer} gives its attention "
                 "weights, not the queries and keys that they follow from."
             )
-        of_mixture = isinstance(site, Edge) and (
-            isinstance(site.writer, (ExpertNeuron, SharedNeuron))
-            or (isinstance(site.writer, Bias) and self.scene.model.block(site.writer.layer).mlp_kind == "experts")
-        )
-        if of_mixture:
-            assert isinstance(site, Edge)
+        if isinstance(site, Edge) and of_mixture(self.scene.model, site.writer):
             raise SiteError(
                 f"`{site}` cannot be operated on: what one part of a mixture adds is known only after the whole "
                 f"mixture ran. Use L{site.writer.layer}.mlp as the writer, or intervene on the neuron itself."
@@ -364,6 +359,13 @@ def readable(model: OpenedModel, layer: int, site: Site) -> bool:
         call = forward(model, model.probe_ids(), [Tap("attn_call", layer)], logits_at=[0])[Tap("attn_call", layer)]
         known[layer] = call.from_scores
     return bool(known[layer])
+
+
+def of_mixture(model: OpenedModel, writer: Site) -> bool:
+    """Whether what a writer adds is known only after a mixture of experts ran."""
+    if isinstance(writer, Bias):
+        return writer.part == "mlp" and model.block(writer.layer).mlp_kind == "experts"
+    return isinstance(writer, (ExpertNeuron, SharedNeuron))
 
 
 def canonical(site: Site) -> Site:

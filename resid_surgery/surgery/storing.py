@@ -67,7 +67,7 @@ def save_interventions(path: Any, interventions: Any, *, rec: Recording | None =
     given = as_interventions(interventions)
     settled = settle_values(given, rec)
     tensors: dict[str, Tensor] = {}
-    entries = [_entry(i, one, tensors) for i, one in enumerate(settled)]
+    entries = [to_entry(i, one, tensors) for i, one in enumerate(settled)]
     body: dict[str, Any] = {"schema": SCHEMA, "what": "resid_surgery interventions", "interventions": entries}
     beside = target.with_suffix(".safetensors")
     try:
@@ -106,7 +106,7 @@ def load_interventions(path: Any) -> list[Intervention]:
     found = []
     for i, entry in enumerate(entries):
         try:
-            found.append(_build(i, entry, tensors))
+            found.append(from_entry(i, entry, tensors))
         except (ResidSurgeryError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise LoadError(f"intervention {i} of {target} cannot be read: {error}") from error
     return found
@@ -135,7 +135,7 @@ def settle_values(interventions: Sequence[Intervention], rec: Recording | None) 
     return out
 
 
-def _entry(i: int, one: Intervention, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def to_entry(i: int, one: Intervention, tensors: dict[str, Tensor]) -> dict[str, Any]:
     entry: dict[str, Any] = {"kind": type(one).__name__, "sites": [str(site) for site in one.sites]}
     entry["positions"] = list(one.positions) if isinstance(one.positions, tuple) else one.positions
     if isinstance(one, Set):
@@ -150,7 +150,7 @@ def _entry(i: int, one: Intervention, tensors: dict[str, Tensor]) -> dict[str, A
     return entry
 
 
-def _build(i: int, entry: Any, tensors: dict[str, Tensor]) -> Intervention:
+def from_entry(i: int, entry: Any, tensors: dict[str, Tensor]) -> Intervention:
     cls = _KINDS.get(entry["kind"])
     if cls is None:
         raise ValueError(f"no operation is called {entry['kind']!r}")

@@ -1,0 +1,113 @@
+"""Rewrites: what a knowledge edit is asked to change, as plain data."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, final
+
+from resid_surgery._check import message
+from resid_surgery.errors import PromptError
+from resid_surgery.models.prompts import Prompt, bind, encode, token_text
+
+
+@final
+@dataclass(frozen=True)
+class Rewrite:
+    """One fact to rewrite: after `prompt`, say `new` instead of `old`.
+
+    Args:
+        prompt: ends right before the answer, without a trailing space; ``{}`` stands for the subject.
+        subject: what the fact is about; its text stands in the prompt (the last time counts).
+        new: the new answer with its leading space (" Rome"); one token or several.
+        old: the answer before, or None where it is not known.
+        name: of the fact in tables; the filled prompt if left out.
+
+    Raises:
+        PromptError: a field is empty or no text, or the subject does not stand in the prompt.
+
+    Example:
+        >>> Rewrite("The capital of {} is", subject="France", new=" Rome", old=" Paris").text
+        'The capital of France is'
+    """
+
+    prompt: str
+    subject: str
+    new: str
+    old: str | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for field in ("prompt", "subject", "new"):
+            value = getattr(self, field)
+            if not isinstance(value, str) or not value.strip():
+                raise PromptError(message(field, "a non-empty text", value))
+        if self.old is not None and (not isinstance(self.old, str) or not self.old.strip()):
+            raise PromptError(message("old", "a non-empty text or None", self.old))
+        if self.old == self.new:
+            raise PromptError(message("new", "another answer than the old one", self.new))
+        if self.subject not in self.text:
+            raise PromptError(message("subject", f"a part of the prompt {self.text!r}", self.subject,
+                                      do="Write {} in the prompt where the subject stands."))  # fmt: skip
+        if self.text != self.text.rstrip():
+            raise PromptError(message("prompt", "without a trailing space (the answer brings its own)", self.text))
+
+    @property
+    def text(self) -> str:
+        """The prompt with its subject."""
+        return self.prompt.replace("{}", self.subject)
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return self.name or self.text
+
+    @property
+    def sentence(self) -> str:
+        """The new fact as a sentence: "The capital of France is Rome."."""
+        return f"{self.text}{self.new}."
+
+    def said(self) -> dict[str, Any]:
+        """As plain data, for storing."""
+        return asdict(self)
+
+
+def prompt_ids(text: str, model: Any) -> list[int]:
+    """Token ids of a prompt, with the tokenizer's own special tokens.
+
+    Raises:
+        PromptError: the model has no tokenizer, or the text is empty or too long.
+    """
+    return list(bind(Prompt(text, target=0), model.tokenizer, model).ids)
+
+
+def answer_ids(text: str, answer: str, model: Any) -> list[int]:
+    """Token ids of an answer where it continues a text: the joint text's tokens behind the prompt's.
+
+    Where the joint text is not tokenised as prompt + answer (they merge at the seam), the answer's own tokens.
+
+    Raises:
+        PromptError: the answer is no token at all.
+    """
+    before, joint = prompt_ids(text, model), prompt_ids(text + answer, model)
+    merged = joint[: len(before)] != before
+    own = encode(model.tokenizer, answer, add_special_tokens=False) if merged else joint[len(before) :]
+    if not own:
+        raise PromptError(message("new", "at least one token", answer, model=model.name))
+    return own
+
+
+def subject_position(text: str, subject: str, model: Any) -> int:
+    """Index of the token with which the subject ends in a prompt (the last time that it stands there).
+
+    Raises:
+        PromptError: the subject does not stand in the text.
+    """
+    if subject not in text:
+        raise PromptError(message("subject", f"a part of {text!r}", subject))
+    end = text.rindex(subject) + len(subject)
+    ids, seen = prompt_ids(text, model), ""
+    special = set(getattr(model.tokenizer, "all_special_ids", ()) or ())
+    for at, token in enumerate(ids):
+        seen += "" if token in special else token_text(token, model.tokenizer)
+        offset = len(seen) - len(seen.lstrip()) if not text.startswith(" ") else 0
+        if len(seen) - offset >= end:
+            return at
+    raise PromptError(f"the tokens of {text!r} do not add up to its text for {model.name}; give its position instead.")

@@ -1,0 +1,97 @@
+"""Replacing: a model on the table with some of its tensors swapped, beside the one that it was made from."""
+
+import copy
+from collections.abc import Mapping
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from resid_surgery._check import message
+from resid_surgery.errors import ArgumentError, InterventionError
+from resid_surgery.models.opening import OpenedModel
+
+
+@final
+class EditedModel(OpenedModel):
+    """A model with some tensors replaced; all others are the base's own, and the base is as it was.
+
+    Attributes:
+        base: what it was made from. replaced: paths of the tensors that are its own.
+    """
+
+    base: OpenedModel
+    replaced: tuple[str, ...]
+
+    @property
+    def shadow(self) -> nn.Module:
+        """As of any model, until it is closed.
+
+        Raises:
+            InterventionError: the edit's ``with`` block was left.
+        """
+        if self.__dict__.get("_closed", False):
+            raise InterventionError(
+                f"`{self.name}` must be used inside the `with edit.applied(model)` block that made it; it was left, "
+                "and the edited weights are gone. Apply the edit again."
+            )
+        return super().shadow
+
+    def close(self) -> None:
+        """Let go of the replaced tensors; every later forward is refused."""
+        self._closed = True
+        self.cache.clear()
+        self.module = self.base.module
+        self._shadow = None
+
+
+def with_tensors(base: OpenedModel, tensors: Mapping[str, Tensor], name: str) -> EditedModel:
+    """A model like `base` with other tensors at some paths; nothing of `base` changes.
+
+    Args:
+        base: the opened model. tensors: path in the module (as in its ``state_dict``) -> tensor of the same shape and
+            dtype. Paths that share one tensor in `base` and are given the same object share it again; a shared
+            tensor that is given at one of its paths only is untied there.
+        name: what the new model is called.
+
+    Raises:
+        ArgumentError: a path names no tensor, or one of another shape or dtype.
+    """
+    held = tensors_of(base.module)
+    for path, new in tensors.items():
+        old = held.get(path)
+        if old is None:
+            raise ArgumentError(message("tensors", "named as in the model's state_dict", path, model=base.name))
+        if new.shape != old.shape or new.dtype != old.dtype:
+            wanted = f"{tuple(old.shape)} of {old.dtype} at {path}"
+            raise ArgumentError(message("tensors", wanted, f"{tuple(new.shape)} of {new.dtype}", model=base.name))
+    with base.lock:
+        shared = {id(t): t for t in base.weights.tensors()}
+        module = copy.deepcopy(base.module, memo=dict(shared))
+    fresh: dict[int, nn.Parameter | Tensor] = {}
+    for path, new in tensors.items():
+        owner, _, leaf = path.rpartition(".")
+        place = module.get_submodule(owner) if owner else module
+        if leaf in place._parameters:
+            put = fresh.setdefault(id(new), nn.Parameter(new.detach().to(held[path].device), requires_grad=False))
+            place._parameters[leaf] = put  # type: ignore[assignment]
+        else:
+            place._buffers[leaf] = new.detach().to(held[path].device)
+    model = EditedModel(module, base.tokenizer, name, base.note, anatomy=base.anatomy)
+    model.base, model.replaced = base, tuple(tensors)
+    return model
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Path -> tensor of everything in a module's ``state_dict``; tied tensors stand under each of their paths."""
+    with torch.no_grad():
+        return {path: t for path, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+
+
+def ties_of(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Path -> all paths that share its tensor, itself first in module order."""
+    groups: dict[int, list[str]] = {}
+    found = tensors_of(module)
+    for path, tensor in found.items():
+        groups.setdefault(id(tensor), []).append(path)
+    return {path: tuple(groups[id(tensor)]) for path, tensor in found.items()}
