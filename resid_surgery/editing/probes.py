@@ -148,7 +148,7 @@ def probe_set(probes: Iterable[Probe], name: str = "") -> ProbeSet:
 
 def save_probes(path: Any, probes: ProbeSet) -> Path:
     """Write probes as JSON lines, whole or not at all: the first line names the set, each other one is a probe."""
-    head = {"schema": SCHEMA, "what": "resid_surgery probes", "name": probes.name,
+    head = {"schema": SCHEMA, "what": "resid_surgery probes", "name": probes.name, "hash": probes.hash,
             "rewrites": [r.said() for r in probes.rewrites]}  # fmt: skip
     lines = [json.dumps(one, ensure_ascii=False) for one in (head, *(asdict(p) for p in probes))]
     return write_whole(Path(path), ("\n".join(lines) + "\n").encode())
