@@ -20,6 +20,7 @@ def main(
     each: int = 5,
     subvalues: Sequence[str] = ("neuron", "head_source"),
     k: int = 10,
+    scores: str | Sequence[str] = "all",
     out: str = "out/addition_test",
 ) -> dict[str, pd.DataFrame]:
     """Means over layers and prompts with bootstrap intervals over prompts, saved with a picture."""
@@ -27,7 +28,7 @@ def main(
     prompts = [prompt for kind in kinds for prompt in rs.facts(kind, model=model)[:each]]
     tables, figures = {}, {}
     for kind in subvalues:
-        rows = rs.addition_test(model, prompts, kind=kind, k=k)
+        rows = rs.addition_test(model, prompts, kind=kind, k=k, scores=scores)
         summary = rs.bootstrap(rows, "score", "prob_increase", against={"score": "log_prob_increase"})
         tables |= {f"rows_{kind}": rows, f"summary_{kind}": summary}
         figures[kind] = rs.plot_intervals(

@@ -25,12 +25,13 @@ def main(
     each: int = 5,
     draws: int = 5,
     large: bool = True,
+    scores: str | Sequence[str] = "all",
     out: str = "out/ablation_test",
 ) -> dict[str, pd.DataFrame]:
     """MRR, probability and log-probability with intervals, saved with pictures."""
     model = rs.load("smollm2-135m") if model is None else model
     prompts = [prompt for kind in kinds for prompt in rs.facts(kind, model=model)[:each]]
-    rows = rs.ablation_test(model, prompts, draws=draws)
+    rows = rs.ablation_test(model, prompts, draws=draws, scores=scores)
     tables, figures = {"rows": rows}, {}
     cells = ["set", "positions", "score"]
     for value, unit in MEASURES.items():

@@ -11,14 +11,16 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
+import jaxtyping
 import pytest
 from hypothesis import HealthCheck, settings
-from jaxtyping import install_import_hook
+from shapes import where_shaped
 
 # Shape annotations are checked in the whole suite. The one module that holds a trace body is left
 # alone: nnsight reads its source as written.
-CHECKED = ("models.anatomy", "models.prompts", "stream", "attribution", "surgery", "evidence")
-hook = install_import_hook([f"resid_surgery.{name}" for name in CHECKED], "shapes.only_shapes")
+CHECKED = ("models.anatomy", "models.prompts", "stream", "attribution", "surgery", "evidence", "editing")
+jaxtyping.jaxtyped = where_shaped(jaxtyping.jaxtyped)
+hook = jaxtyping.install_import_hook([f"resid_surgery.{name}" for name in CHECKED], "shapes.only_shapes")
 hook.__enter__()
 
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}

@@ -359,7 +359,7 @@ def test_sources_prints_the_shares_of_given_or_of_the_best_neurons(cli: Cli, ask
          lambda rec: rs.sweep(rec, rs.grid(rec, lambda one, positions: rs.Clamp(one, -1.0, positions=positions),
                                            "L2.N3"))),
     ],
-    ids=str,
+    ids=lambda one: None if callable(one) else str(one),
 )  # fmt: skip
 def test_sweep_prints_a_row_an_intervention(
     cli: Cli, asked: list[Any], rec: Any, options: list[str], rows: Any

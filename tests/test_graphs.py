@@ -25,7 +25,14 @@ from torch import nn
 
 import resid_surgery as rs
 from resid_surgery.attribution import readings
-from resid_surgery.errors import ArgumentError, InterventionError, PromptError, SiteError, StaleRecordingError
+from resid_surgery.errors import (
+    ArgumentError,
+    InterventionError,
+    PromptError,
+    SiteError,
+    StaleRecordingError,
+    UnsupportedModelError,
+)
 from resid_surgery.evidence import faithfulness as faithful
 from resid_surgery.evidence.faithfulness import faithfulness
 from resid_surgery.evidence.graphs import FORMAT, source_graph
@@ -772,16 +779,24 @@ def test_networkx_has_the_same_nodes_and_edges_and_what_goes_in_closes():
 
 
 @pytest.fixture
-def no_forward(monkeypatch):
-    """Any forward of any model is an error from here on."""
+def no_forward():
+    """Any module that runs is an error from the call on."""
+    handles = []
 
-    def forward(self, *args, **kwargs):
-        raise AssertionError("a forward ran")
+    def refuse(module, args):
+        raise AssertionError(f"{type(module).__name__} ran")
 
-    def stop():
-        monkeypatch.setattr(nn.Embedding, "forward", forward)
+    yield lambda: handles.append(nn.modules.module.register_module_forward_pre_hook(refuse))
+    for handle in handles:
+        handle.remove()
 
-    return stop
+
+def test_a_forward_would_be_noticed(no_forward):
+    rec = recorded("gpt2")
+    rs.record(rec.model, rec.prompt.source)
+    no_forward()
+    with pytest.raises(UnsupportedModelError, match=r"AssertionError: [A-Za-z0-9]+ ran"):
+        rs.intervene(rec, rs.Zero("L0.N1"))
 
 
 BAD = {
@@ -850,10 +865,11 @@ def test_what_no_mean_can_be_taken_over_is_refused_before_any_forward(case, posi
 
 
 def test_sources_that_a_prompt_does_not_have_are_refused_before_any_forward(no_forward):
-    graph = graph_of("gpt2", "head_source", "target")
+    graph, early = graph_of("gpt2", "head_source", "target"), replace(OTHERS, position=1)
     no_forward()
-    with pytest.raises(InterventionError, match=r"has no counterpart|the donor has no L\d\.H\d<\d at position 1"):
-        faithfulness(graph, over=[SHORT])
+    for positions in ("target", "all"):
+        with pytest.raises(InterventionError, match=r"the donor has no L\d\.H\d<2 at position 1"):
+            faithfulness(graph, positions=positions, over=[early])
 
 
 def test_prompts_given_one_by_one_serve_every_run():
@@ -883,11 +899,15 @@ def test_a_recording_of_one_position_and_a_difference_of_nothing_are_refused_bef
 
 
 def test_a_graph_with_no_node_where_it_would_be_operated_says_what_to_do(no_forward):
-    graph = source_graph(recorded("gpt2"), nodes=2)
+    graph, grown = source_graph(recorded("gpt2"), nodes=2), graph_of("gpt2", "layer", "target").grown
     assert graph.nodes["kind"].tolist() == ["readout", "bias"]
     no_forward()
     with pytest.raises(ArgumentError, match=r"has no node at the predicting position to keep; use positions='all'\."):
         faithfulness(graph)
+    elsewhere = replace(graph, grown=[grown[0], *(one for one in grown if one.position != T)])
+    assert len(elsewhere.grown) > 1
+    with pytest.raises(ArgumentError, match=r"has no node at the predicting position to keep; use positions='all'\."):
+        faithfulness(elsewhere)
     with pytest.raises(ArgumentError, match=r"has no node to keep at any position; grow it with more nodes\."):
         faithfulness(graph, positions="all")
 

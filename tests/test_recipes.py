@@ -1,4 +1,4 @@
-"""Every recipe runs, on a tiny model with prompts by ids where it takes a prompt."""
+"""Every recipe runs on the embedded model, the long ones on a part of what they ask."""
 
 import importlib.util
 import inspect
@@ -6,14 +6,20 @@ from pathlib import Path
 
 import pytest
 
+import resid_surgery as rs
+
+BUDGET = rs.Budget("tiny", 2, 1, 2, 3, 1, 120, 2, 24, 3, 1, 8, 5, 1, 2)
+SCORES = ("log_prob_increase", "direction_norm")
 # The long ones, small: a prompt or two, a layer.
 QUICK = {
-    "05_the_addition_test": {"kinds": ("capital",), "each": 2, "subvalues": ("neuron",)},
-    "06_the_ablation_test": {"kinds": ("capital",), "each": 2, "draws": 1},
+    "05_the_addition_test": {"kinds": ("capital",), "each": 2, "subvalues": ("neuron",), "scores": SCORES},
+    "06_the_ablation_test": {"kinds": ("capital",), "each": 2, "draws": 1, "scores": SCORES},
     "07_score_against_truth": {"kinds": ("capital",), "each": 2, "whole": 0, "best": 20, "random": 100},
     "08_how_scores_behave": {"kinds": ("capital",), "each": 1, "layers": [27]},
     "11_why_mumbai": {"until": "above"},
     "12_circuits_of_heads": {"repeats": 2},
+    "13_rome_three_ways": {"steps": 3, "budget": BUDGET, "tokens": 60},
+    "14_twenty_edits": {"many": 2, "steps": 3, "budget": BUDGET},
 }
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.py"))
 

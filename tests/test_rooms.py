@@ -9,10 +9,10 @@ import resid_surgery
 
 ROOT = Path(resid_surgery.__file__).parent
 ORDER = {
-    "": ["errors", "_check", "_files", "_progress", "sites", "addresses"],
+    "": ["errors", "_check", "_files", "_html", "_progress", "sites", "addresses"],
     "models": ["zoo", "parts", "experts", "layout", "calls", "ends", "mlps", "wiring", "anatomy", "prompts", "facts",
-               "fingerprint", "checkpoints", "opening", "replacing", "attention", "taps", "envoys", "freezing", "tracing",
-               "settling"],
+               "fingerprint", "checkpoints", "opening", "replacing", "attention", "taps", "envoys", "freezing",
+               "tracing", "settling"],
     "stream": ["records", "recording", "elsewhere", "blocks", "kinds", "subvalues", "vocabulary", "tables", "closing",
                "loading", "knowing"],
     "attribution": ["states", "catalogue", "ranges", "bounds", "ranks", "gradients", "queries", "scoring",
@@ -26,12 +26,14 @@ ORDER = {
                 "altering", "storing"],
     "evidence": ["check", "families", "operating", "statistics", "trials", "truth", "growth", "graphs",
                  "verifying", "faithfulness", "tipping", "restoring", "blame"],
-    "editing": ["changes", "rewrites", "keeping", "outside", "edits", "placing", "coefficients", "value_rows", "keys",
-                "values", "rank_one", "least_squares", "probes", "texts", "relations", "importing", "auditing",
-                "exposure", "harness", "running", "decoding", "asking", "controls", "intervals", "policy", "gating",
-                "reports", "streams", "validating"],
-    "views": ["plots", "figures", "circuits", "text", "files"],
-    "cli": ["common", "operating", "scoring", "tracing", "main"],
+    "editing": ["changes", "rewrites", "packing", "keeping", "differing", "adapters", "outside", "edits", "placing",
+                "coefficients", "value_rows", "keys", "values", "rank_one", "least_squares", "probes", "texts",
+                "relations", "records", "formats", "hops", "importing", "roles", "acting", "factoring", "spectra",
+                "auditing", "spots", "exposing", "exposure", "harness", "running", "remembering", "decoding",
+                "answering", "surroundings", "predicting", "controls", "intervals", "resampling", "policy", "gating",
+                "junit", "reports", "budgets", "asking", "streams", "validating"],
+    "views": ["plots", "figures", "circuits", "edits", "text", "files", "drawing", "report"],
+    "cli": ["common", "operating", "scoring", "tracing", "editing", "main"],
 }  # fmt: skip
 PLACE = {".".join(filter(None, [room, name])): (i, j) for i, (room, names) in enumerate(ORDER.items())
          for j, name in enumerate(names)}  # fmt: skip

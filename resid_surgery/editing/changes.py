@@ -147,8 +147,8 @@ class LowRank(Change):
         return replace(self, left=self.left.double() * factor)
 
     def norm(self) -> float:
-        left, right = self.left.double(), self.right.double()
-        return float(((left.T @ left) * (right @ right.T)).sum().clamp_min(0).sqrt())
+        left, right = (torch.linalg.qr(t.double()).R for t in (self.left, self.right.T))
+        return float((left @ right.T).norm())
 
     def parts(self) -> dict[str, Tensor]:
         return {"left": self.left, "right": self.right}
@@ -213,6 +213,8 @@ def _sum(a: Change, b: Change) -> Change:
         delta = torch.zeros(len(index), *both.shape[1:], dtype=torch.float64).index_add_(0, where, both)
         return replace(a, index=index, delta=delta)
     if isinstance(a, LowRank) and isinstance(b, LowRank) and a.lead == b.lead:
+        if torch.equal(a.right, b.right):  # multiples of one change: an edit and its inverse cancel to the last bit
+            return replace(a, left=a.left.double() + b.left.double())
         left = torch.cat([a.left.double(), b.left.double()], 1)
         return replace(a, left=left, right=torch.cat([a.right.double(), b.right.double()]))
     return Dense(a.name, a.tied, a.shape, a.dense() + b.dense())

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from resid_surgery import _check
 from resid_surgery.editing.changes import Change, summed
-from resid_surgery.editing.keeping import keep, kept
-from resid_surgery.editing.outside import adapter_factors, between, called, differences
+from resid_surgery.editing.keeping import is_kept, keep, kept
+from resid_surgery.editing.outside import adapter_factors, between, called, differences, ranks
 from resid_surgery.editing.rewrites import Rewrite
 from resid_surgery.errors import ArgumentError, StaleRecordingError
 from resid_surgery.models.opening import OpenedModel
@@ -230,7 +230,9 @@ class Edit:
         Raises:
             ArgumentError: they are equal, or not of one architecture (the tensors are named).
         """
-        return new_edit(before, between(before, after), method="from_models", settings={"after": called(after)})
+        changes = between(before, after)
+        about = {"after": called(after), "ranks": ranks(before, changes)}
+        return new_edit(before, changes, method="from_models", settings=about)
 
     @classmethod
     def from_delta(cls, base: OpenedModel, path: Any) -> "Edit":
@@ -282,6 +284,25 @@ def new_edit(
     if made.empty:
         raise ArgumentError(f"`{method}` must change something in {model.name}; this edit adds nothing to any weight.")
     return made
+
+
+def read_edit(model: OpenedModel, source: Any) -> Edit:
+    """The edit that a path holds, whatever tool made it.
+
+    Args:
+        model: the base. source: a file that `Edit.save` wrote; another ``.safetensors`` file (differences); the folder
+            of a PEFT adapter; or the folder or hub id of an edited checkpoint.
+
+    Raises:
+        LoadError: it cannot be read. ArgumentError: it changes no weight, or is for another model.
+    """
+    need_model(model)
+    path = Path(str(source)).expanduser()
+    if path.suffix == ".safetensors":
+        return Edit.load(path) if is_kept(path) else Edit.from_delta(model, path)
+    if (path / "adapter_config.json").is_file():
+        return Edit.from_peft(model, path)
+    return Edit.from_models(model, source)
 
 
 def tied_paths(model: OpenedModel, name: str) -> tuple[str, ...]:

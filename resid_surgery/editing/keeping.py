@@ -69,12 +69,7 @@ def kept(path: Any) -> dict[str, Any]:
     """
     if not isinstance(path, (str, os.PathLike)):
         raise ArgumentError(message("path", "the path of a .safetensors file", path))
-    try:
-        with safe_open(path, framework="pt") as file:
-            said = file.metadata() or {}
-            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise LoadError(f"{path} cannot be read as an edit: {error}.") from error
+    said, held = _read(path, tensors=True)
     if said.get("what") != WHAT:
         raise LoadError(
             f"{path} is no edit but a safetensors file of something else; differences of tensors are read with "
@@ -89,6 +84,24 @@ def kept(path: Any) -> dict[str, Any]:
         return _fields(json.loads(said["edit"]), held)
     except (KeyError, TypeError, ValueError, ResidSurgeryError) as error:
         raise LoadError(f"{path} is no edit of schema {SCHEMA}: {type(error).__name__}: {error}.") from error
+
+
+def is_kept(path: Any) -> bool:
+    """Whether a safetensors file is an edit that `keep` wrote.
+
+    Raises:
+        LoadError: it cannot be read at all.
+    """
+    return _read(path, tensors=False)[0].get("what") == WHAT
+
+
+def _read(path: Any, *, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys()) if tensors else []
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise LoadError(f"{path} cannot be read as an edit: {error}.") from error
 
 
 def _fields(body: dict[str, Any], held: dict[str, Tensor]) -> dict[str, Any]:

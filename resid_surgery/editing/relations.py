@@ -20,7 +20,7 @@ import pandas as pd
 from resid_surgery._check import choice, message, whole
 from resid_surgery.editing.probes import Probe, ProbeSet
 from resid_surgery.editing.rewrites import Rewrite
-from resid_surgery.editing.texts import general
+from resid_surgery.editing.texts import general_probes
 from resid_surgery.errors import ArgumentError, PromptError
 from resid_surgery.models.facts import FACT_TYPES, Fact, load_facts
 
@@ -347,7 +347,7 @@ def _prepended(one: Rewrite, near: Iterable[Probe]) -> Iterator[Probe]:
 
 
 def _unrelated(one: Rewrite) -> list[Probe]:
-    prompts = general(texts=0, generation=0, choices=0)
+    prompts = general_probes(texts=0, generation=0, choices=0)
     return [probe for probe in prompts if one.subject.casefold() not in probe.text.casefold()][:PREPENDED]
 
 

@@ -5,7 +5,7 @@ from typing import Any, final
 
 from resid_surgery._check import message
 from resid_surgery.errors import PromptError
-from resid_surgery.models.prompts import Prompt, bind, encode, token_text
+from resid_surgery.models.prompts import Prompt, bind, encode
 
 
 @final
@@ -103,11 +103,22 @@ def subject_position(text: str, subject: str, model: Any) -> int:
     if subject not in text:
         raise PromptError(message("subject", f"a part of {text!r}", subject))
     end = text.rindex(subject) + len(subject)
-    ids, seen = prompt_ids(text, model), ""
+    ids = prompt_ids(text, model)
     special = set(getattr(model.tokenizer, "all_special_ids", ()) or ())
-    for at, token in enumerate(ids):
-        seen += "" if token in special else token_text(token, model.tokenizer)
-        offset = len(seen) - len(seen.lstrip()) if not text.startswith(" ") else 0
-        if len(seen) - offset >= end:
+    plain = [None if token in special else token for token in ids]
+    for at in range(len(ids)):
+        seen = _joined([token for token in plain[: at + 1] if token is not None], model.tokenizer)
+        if seen.lstrip().startswith(text[:end].lstrip()):
             return at
-    raise PromptError(f"the tokens of {text!r} do not add up to its text for {model.name}; give its position instead.")
+    raise PromptError(
+        f"the tokens of {text!r} do not add up to its text for {model.name}, so where {subject!r} ends is not known. "
+        "Write it in words that its tokenizer knows."
+    )
+
+
+def _joined(ids: list[int], tokenizer: Any) -> str:
+    """The text of tokens together: a character may be spread over several."""
+    try:
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    except TypeError:  # a tokenizer that never cleans up has no such option
+        return str(tokenizer.decode(ids))

@@ -7,7 +7,8 @@ detached and cloned. A write is a function of the value found there and of the v
 
 import inspect
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import nnsight
@@ -141,26 +142,19 @@ def gradients(model: OpenedModel, ids: Tensor, taps: Sequence[Tap], *, at: int, 
         traced, ids = _differentiable(model), ids.clone()
         places = [place_of(traced, model, tap) for tap in plan]
         start = place_of(traced, model, Tap("block_in", 0))[0]
-        try:
-            with traced.trace(input_ids=ids, use_cache=False):
-                start.input = start.input.detach().requires_grad_().clone()
-                held: list[Any] = []
-                for place, field in places:
-                    value = getattr(place, field)
-                    held.append(value[0] if isinstance(value, tuple) else value)
-                log_p = torch.log_softmax(traced.output.logits[0, at].to(model.work_dtype), -1)[token]
-                found: dict[Any, Any] = {}
-                with log_p.backward():  # type: ignore[no-untyped-call]
-                    for tap, value in zip(reversed(plan), reversed(held), strict=True):
-                        found[tap] = value.grad.detach().clone()
-                nnsight.save(found)
-        except Exception as error:
-            if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-                raise
-            raise UnsupportedModelError(
-                f"the backward pass of {model.name} failed ({type(error).__name__}: {_last_line(error)}): a part of "
-                "it cannot be differentiated. Use another score."
-            ) from error
+        why = ": a part of it cannot be differentiated. Use another score."
+        with _refused(f"the backward pass of {model.name} failed", why), traced.trace(input_ids=ids, use_cache=False):
+            start.input = start.input.detach().requires_grad_().clone()
+            held: list[Any] = []
+            for place, field in places:
+                value = getattr(place, field)
+                held.append(value[0] if isinstance(value, tuple) else value)
+            log_p = torch.log_softmax(traced.output.logits[0, at].to(model.work_dtype), -1)[token]
+            found: dict[Any, Any] = {}
+            with log_p.backward():  # type: ignore[no-untyped-call]
+                for tap, value in zip(reversed(plan), reversed(held), strict=True):
+                    found[tap] = value.grad.detach().clone()
+            nnsight.save(found)
     return {tap: grad.reshape(ids.shape[1], -1) for tap, grad in found.items()}
 
 
@@ -172,6 +166,37 @@ def _differentiable(model: OpenedModel) -> Any:
         kept = key, nnsight.NNsight(model.detached_copy())
         model.cache["differentiable"] = kept
     return kept[1]
+
+
+def pushed(
+    model: OpenedModel, ids: Tensor, layer: int, push: Tensor, *, keep: Sequence[int], stream: Tensor | None = None
+) -> Tensor:
+    """Logits when something is added to what a layer's down-projection writes, with the graph that leads back to it.
+
+    Args:
+        model: the opened model, run as by `gradients`. ids: (row, position). layer: with a dense MLP.
+        push: (row, position, d_model) or what broadcasts to it, added before a post-norm; what is differentiated.
+        keep: positions of logits. stream: (row, position, d_model) before the layer; blocks below do not run.
+
+    Returns:
+        (row, kept, vocabulary) logits in the working dtype.
+
+    Raises:
+        UnsupportedModelError: the model's forward cannot be traced so.
+    """
+    kwargs = {"logits_to_keep": torch.tensor(keep, device=ids.device)} if keeps_logits(model) else {}
+    with model.lock, _trace_lock, torch.inference_mode(False), torch.enable_grad():
+        traced, ids, start = _differentiable(model), ids.clone(), None if stream is None else stream.clone()
+        skipped = range(0 if start is None or not _skippable(model) else layer)
+        below = [place_of(traced, model, Tap("block_out", i))[0] for i in skipped]
+        place, field = place_of(traced, model, Tap("mlp_raw", layer))
+        with _refused(f"a forward of {model.name} failed", "."), traced.trace(ids, use_cache=False, **kwargs):
+            for block in below:
+                block.skip(start)
+            value = getattr(place, field)
+            setattr(place, field, value + push.to(value).expand(*ids.shape, -1).reshape(value.shape))
+            found = nnsight.save([traced.output.logits])
+        return (found[0] if kwargs else found[0][:, list(keep)]).to(model.work_dtype)  # type: ignore[no-any-return]
 
 
 def projected(
@@ -221,21 +246,26 @@ def _attention_alone(traced: Any, model: OpenedModel, tap: Tap, x: Tensor, ids: 
     below = [place_of(traced, model, Tap("block_out", i))[0] for i in range(layer)] if _skippable(model) else []
     read = place_of(traced, model, Tap("attn_read", layer))
     place, field = place_of(traced, model, tap)
+    why = ", so what its queries, keys and values read cannot be split."
+    what, ids = f"attention of layer {layer} of {model.name} cannot be run alone", ids.clone()
+    with _refused(what, why), traced.trace(input_ids=ids, use_cache=False) as tracer:
+        for block in below:
+            block.skip(nothing)
+        setattr(*read, x)
+        found = nnsight.save([getattr(place, field)])
+        tracer.stop()
+    return found[0]
+
+
+@contextmanager
+def _refused(what: str, why: str) -> Iterator[None]:
+    """Whatever a trace raises, as a refusal of the model: what failed (how) and why that matters."""
     try:
-        with traced.trace(input_ids=ids.clone(), use_cache=False) as tracer:
-            for block in below:
-                block.skip(nothing)
-            setattr(*read, x)
-            found = nnsight.save([getattr(place, field)])
-            tracer.stop()
+        yield
     except Exception as error:
         if isinstance(error, (ResidSurgeryError, MemoryError, torch.OutOfMemoryError)):
             raise
-        raise UnsupportedModelError(
-            f"attention of layer {layer} of {model.name} cannot be run alone ({type(error).__name__}: "
-            f"{_last_line(error)}), so what its queries, keys and values read cannot be split."
-        ) from error
-    return found[0]
+        raise UnsupportedModelError(f"{what} ({type(error).__name__}: {_last_line(error)}){why}") from error
 
 
 def _skippable(model: OpenedModel) -> bool:
@@ -351,6 +381,11 @@ def _place(traced: Any, model: OpenedModel, tap: Tap) -> tuple[Any, str]:
     if tap not in paths:
         paths[tap] = place_of(traced, model, tap)
     return paths[tap]
+
+
+def resumable(model: OpenedModel) -> bool:
+    """Whether a forward can start at a block from a recorded stream: a block gives the stream and nothing else."""
+    return _skippable(model)
 
 
 def keeps_logits(model: OpenedModel) -> bool:

@@ -1,0 +1,60 @@
+# %% [markdown]
+# # Twenty edits in a row: does the first one survive the last?
+# Each fact is fitted on the model that the edits before it left, with the keys of the earlier ones held in place (least
+# squares with a previous-key term). Validation asks every fact twice: right after its own edit, and again at the end.
+#
+# **Why INCONCLUSIVE is the expected word here.** The gate wants retention of at least .90, with the lower bound of an
+# interval. Twenty successes out of twenty have a Wilson lower bound of .839: they cannot prove .90, however good the
+# method is (35 could, and 73 prove .95). Only failures can decide this recipe: with enough of them it says FAIL.
+
+# %%
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import resid_surgery as rs
+
+
+# %%
+def facts(model: Any, many: int = 20) -> list[rs.Rewrite]:
+    """Capitals that the model knows, each to be rewritten to another known one's answer."""
+    known = rs.facts("capital", model=model)
+    asked = [rs.rewrite(str(p.text), known[(i + 7) % len(known)].target) for i, p in enumerate(known)
+             if known[(i + 7) % len(known)].target != p.target]  # fmt: skip
+    return list({one.subject: one for one in asked}.values())[:many]
+
+
+def stream(model: Any, wanted: Sequence[rs.Rewrite], **options: Any) -> list[rs.Edit]:
+    """One edit after another, each fitted on what the ones before it left."""
+    made = [rs.edit_least_squares(model, [wanted[0]], **options)]
+    for one in wanted[1:]:
+        so_far = made[0]
+        for edit in made[1:]:
+            so_far = so_far + edit
+        with so_far.applied(model) as edited:
+            made.append(rs.edit_least_squares(edited, [one], previous=made, **options))
+    return made
+
+
+# %%
+def main(
+    model: Any = None, many: int = 20, budget: Any = "smoke", out: str | Path = "out/twenty", **options: Any
+) -> dict[str, pd.DataFrame]:
+    """The stream, its curve of retention, and the gates."""
+    model = rs.load("smollm2-135m") if model is None else model
+    made = stream(model, facts(model, many), **options)
+    done = rs.validate(model, made, budget=budget)
+    tables = {"gates": done.gates, "stream": done.tables["stream"], "curve": done.tables["curve"]}
+    rs.save_results(out, tables, {"curve": rs.plot_retention(done.tables["curve"])})
+    rs.write_report(done, Path(out) / "report.html")
+    return tables
+
+
+# %%
+if __name__ == "__main__":
+    found = main()
+    print(found["gates"][["gate", "state", "value", "low", "high", "fail", "n", "why"]].round(3).to_string(index=False))
+    print("\n" + found["curve"].round(3).to_string(index=False))
+    print("\n" + found["stream"][["fact", "new", "at_once", "retained", "said_at_end"]].to_string(index=False))

@@ -1,0 +1,190 @@
+"""Controls: what is an edit's figure worth beside that of nothing, of a random direction, of a random place?
+
+null: the base against itself in batches of another size: the noise floor. direction: random changes of the same
+norm at the same places. site: the same change at random other places of the same kind (other neurons of the layer, or
+the same matrix of another layer). Success at random places shows that success says little about the place.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from resid_surgery.editing.changes import Change, Dense, LowRank, Rows
+from resid_surgery.editing.edits import Edit, tensor_hash
+from resid_surgery.editing.running import WeightsSubject
+from resid_surgery.errors import ArgumentError
+from resid_surgery.models.opening import OpenedModel
+from resid_surgery.models.replacing import tensors_of, ties_of
+
+COPIES = 5
+
+
+@final
+class NullSubject:
+    """The base itself, each row in a forward with copies of itself: products of another size round differently."""
+
+    first = 0
+
+    def __init__(self, model: OpenedModel) -> None:
+        self.name, self._alone = "null", WeightsSubject(model, "null")
+
+    def logits(self, ids: Tensor, at: Sequence[int], stream: Tensor | None = None) -> Tensor:
+        """As of any subject."""
+        return torch.cat([self._alone.logits(row.repeat(COPIES, 1), at)[:1] for row in ids])
+
+    def continued(self, ids: Tensor, tokens: int) -> list[list[int]]:
+        """As of any subject."""
+        return [self._alone.continued(row[None], tokens)[0] for row in ids]
+
+
+def random_direction(model: OpenedModel, edit: Edit, seed: int) -> Edit:
+    """Changes of the same norm at the same places, in random directions (each slice or factor keeps its norm)."""
+    generator = torch.Generator().manual_seed(seed)
+    return _control(model, edit, [_turned(change, generator) for change in edit.changes], f"random direction {seed}")
+
+
+def random_site(model: OpenedModel, edit: Edit, seed: int) -> Edit:
+    """The same change at random other places of the same kind.
+
+    Slices (neurons, heads' rows) go to other slices of their tensor; a scaling scales what stands there. A change of a
+    whole matrix goes to the same matrix of another layer, and where there is none its input coordinates are shuffled.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held = tensors_of(model.module)
+    taken: set[str] = set(edit.tensors)
+    moved = [_moved(change, edit, held, model, taken, generator) for change in edit.changes]
+    return _control(model, edit, moved, f"random site {seed}")
+
+
+def _control(model: OpenedModel, edit: Edit, changes: Sequence[Change], name: str) -> Edit:
+    held = tensors_of(model.module)
+    expects = {change.name: tensor_hash(held[change.name]) for change in changes}
+    return Edit(tuple(changes), (), name, edit.rewrites, expects)
+
+
+def _turned(change: Change, generator: torch.Generator) -> Change:
+    if isinstance(change, Rows):
+        return replace(change, delta=_like(change.delta, generator, change.delta.ndim - 1))
+    if isinstance(change, LowRank):
+        turned = replace(change, left=_like(change.left.T, generator, 1).T.contiguous())
+        norm = turned.norm()
+        return turned if norm == 0 else turned.scaled(change.norm() / norm)
+    assert isinstance(change, Dense)
+    noise = torch.randn(change.shape, generator=generator, dtype=torch.float32)
+    return replace(change, delta=noise * (change.norm() / float(noise.double().norm())))
+
+
+def _like(delta: Tensor, generator: torch.Generator, rest: int) -> Tensor:
+    """Random numbers in which each slice has the norm that it has in `delta`."""
+    noise = torch.randn(delta.shape, generator=generator, dtype=torch.float64)
+    over = tuple(range(delta.ndim - rest, delta.ndim))
+    if not over:  # single numbers: keep their sizes, turn signs at random
+        return delta.double().abs() * noise.sign()
+    sizes = delta.double().square().sum(over, keepdim=True).sqrt()
+    return noise / noise.square().sum(over, keepdim=True).sqrt().clamp_min(1e-30) * sizes
+
+
+def _moved(
+    change: Change,
+    edit: Edit,
+    held: dict[str, Tensor],
+    model: OpenedModel,
+    taken: set[str],
+    generator: torch.Generator,
+) -> Change:
+    if isinstance(change, Rows) and 2 * len(change.index) <= _slices(change):
+        return _other_slices(change, edit, held[change.name], generator)
+    others = [path for path in _twins(change, model, held) if path not in taken]
+    if others:
+        picked = others[int(torch.randint(len(others), (), generator=generator))]
+        taken.add(picked)
+        tied = tuple(path for path in ties_of(model.module)[picked] if path != picked)
+        there = replace(change, name=picked, tied=tied)
+        return _rescaled(there, change, edit, held)
+    return _shuffled(change, generator)
+
+
+def _slices(change: Rows) -> int:
+    total = 1
+    for axis in change.axes:
+        total *= change.shape[axis]
+    return total
+
+
+def _other_slices(change: Rows, edit: Edit, old: Tensor, generator: torch.Generator) -> Change:
+    limits = [change.shape[axis] for axis in change.axes]
+    flat = torch.arange(_slices(change))
+    grid = torch.stack(torch.unravel_index(flat, limits), -1)
+    used = (grid[:, None] == change.index[None]).all(-1).any(-1)
+    if change.index.shape[1] > 1:  # stay with the same expert
+        used |= ~torch.isin(grid[:, 0], change.index[:, 0])
+    free = grid[~used]
+    if len(free) < len(change.index):
+        return _shuffled(change, generator)
+    index = free[torch.randperm(len(free), generator=generator)[: len(change.index)]]
+    there = replace(change, index=index)
+    return _rescaled(there, change, edit, {change.name: old})
+
+
+def _rescaled(there: Change, here: Change, edit: Edit, held: dict[str, Tensor]) -> Change:
+    """For a scaling: (factor - 1) times what stands at the other place, not what stood at this one."""
+    factors = _factors(here, held.get(here.name)) if edit.method == SCALING else None
+    if factors is None or not isinstance(there, Rows):
+        return there
+    front = held[there.name].detach().double().movedim(there.axes, tuple(range(len(there.axes))))
+    rows = front[tuple(there.index.T)]
+    return replace(there, delta=rows * factors.view(-1, *[1] * (rows.ndim - 1)))
+
+
+def _factors(here: Change, old: Tensor | None) -> Tensor | None:
+    """(slice,) factor - 1 of each slice of a scaling, read off the change itself."""
+    if not isinstance(here, Rows) or old is None:
+        return None
+    front = old.detach().double().movedim(here.axes, tuple(range(len(here.axes))))
+    rows = front[tuple(here.index.T)].reshape(len(here.index), -1)
+    delta = here.delta.double().reshape(len(here.index), -1)
+    return (delta * rows).sum(-1) / rows.square().sum(-1).clamp_min(1e-300)
+
+
+SCALING = "edit_coefficients"
+"""The method name of edits that scale coefficients."""
+
+
+def _twins(change: Change, model: OpenedModel, held: dict[str, Tensor]) -> list[str]:
+    """Paths of the same tensor in other layers."""
+    prefix = model.path(None, "blocks") + "."
+    found = re.fullmatch(re.escape(prefix) + r"(\d+)\.(.+)", change.name)
+    if found is None:
+        return []
+    paths = [f"{prefix}{i}.{found[2]}" for i in range(model.anatomy.n_layers) if i != int(found[1])]
+    return [path for path in paths if path in held and tuple(held[path].shape) == tuple(change.shape)]
+
+
+def _shuffled(change: Change, generator: torch.Generator) -> Change:
+    if isinstance(change, LowRank):
+        order = torch.randperm(change.right.shape[1], generator=generator)
+        return replace(change, right=change.right[:, order])
+    if isinstance(change, Rows):
+        order = torch.randperm(len(change.index), generator=generator)
+        return replace(change, delta=change.delta[order])
+    assert isinstance(change, Dense)
+    order = torch.randperm(change.shape[-1], generator=generator)
+    return replace(change, delta=change.delta[..., order])
+
+
+def control_edits(
+    model: OpenedModel, edit: Edit, *, sites: int, directions: int, seed: int = 0
+) -> list[tuple[str, Edit]]:
+    """(kind, edit) of every control with weights.
+
+    Raises:
+        ArgumentError: the edit works by interventions, which have no random counterpart.
+    """
+    if edit.interventions:
+        raise ArgumentError(f"`edit` must change weights to have random controls; {edit!r} works by interventions.")
+    wanted = [("random site", random_site, sites), ("random direction", random_direction, directions)]
+    return [(kind, build(model, edit, seed * 1000 + n)) for kind, build, many in wanted for n in range(many)]

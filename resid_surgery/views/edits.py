@@ -1,0 +1,70 @@
+"""Figures of edits: where they act against what they did, and how much of a stream of them is left."""
+
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from resid_surgery._check import message
+from resid_surgery.errors import ArgumentError
+from resid_surgery.views.figures import axes_of, need_columns
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def plot_exposure(table: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
+    """Exposure of each position against the KL measured there, both on logarithmic axes.
+
+    Args:
+        table: from `exposure_against_kl`. ax: where to draw. Positions where either is 0 or below have no place on
+            logarithmic axes and are counted in the title.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ArgumentError: matplotlib is not installed, a column is missing, or no position has both.
+    """
+    need_columns(table, "exposure", "kl")
+    shown = table[(table["exposure"] > 0) & (table["kl"] > 0)]
+    if shown.empty:
+        raise ArgumentError(message("table", "of at least one position with exposure and KL above 0", len(table)))
+    ax = axes_of(ax, 6.0, 4.5)
+    ax.scatter(shown["exposure"], shown["kl"], s=8, alpha=0.5, color="black", linewidths=0)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("exposure (share of the stream's norm)")
+    ax.set_ylabel("KL(base, edited), nats")
+    rank = table.attrs.get("rank_correlation")
+    said = "" if rank is None else f"rank correlation {rank:.2f}, "
+    left = len(table) - len(shown)
+    ax.set_title(f"{said}{len(table)} positions" + (f", {left} not shown" if left else ""))
+    ax.grid(alpha=0.25)
+    return ax
+
+
+def plot_retention(table: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
+    """Success at once and retention of all edits so far, at each checkpoint of a stream.
+
+    Args:
+        table: the "curve" of a stream's validation. ax: where to draw.
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ArgumentError: matplotlib is not installed, or a column is missing.
+    """
+    need_columns(table, "edits", "at_once", "retained")
+    ax = axes_of(ax, 6.0, 4.0)
+    ax.plot(table["edits"], table["at_once"], "o--", color="grey", label="right after its own edit")
+    ax.plot(table["edits"], table["retained"], "s-", color="black", label="at this checkpoint")
+    ax.set_xscale("log")
+    ax.set_xticks(table["edits"], table["edits"].astype(str))
+    ax.minorticks_off()
+    ax.set_ylim(-0.05, 1.05)
+    ax.set_xlabel("edits so far")
+    ax.set_ylabel("facts said when decoded freely (share)")
+    ax.legend()
+    ax.grid(alpha=0.25)
+    return ax
