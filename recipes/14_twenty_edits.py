@@ -20,10 +20,14 @@ import resid_surgery as rs
 # %%
 def facts(model: Any, many: int = 20) -> list[rs.Rewrite]:
     """Capitals that the model knows, each to be rewritten to another known one's answer."""
-    known = rs.facts("capital", model=model)
-    asked = [rs.rewrite(str(p.text), known[(i + 7) % len(known)].target) for i, p in enumerate(known)
-             if known[(i + 7) % len(known)].target != p.target]  # fmt: skip
-    return list({one.subject: one for one in asked}.values())[:many]
+    table = rs.known_facts("capital").set_index("prompt")
+    known = [p for p in rs.facts("capital", model=model) if p.text in table.index]
+    wanted = {}
+    for i, prompt in enumerate(known):
+        new = known[(i + 7) % len(known)].target
+        if new != prompt.target:
+            wanted.setdefault(table.at[prompt.text, "subject"], rs.rewrite(prompt.text, new))
+    return list(wanted.values())[:many]
 
 
 def stream(model: Any, wanted: Sequence[rs.Rewrite], **options: Any) -> list[rs.Edit]:

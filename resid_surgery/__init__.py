@@ -61,7 +61,7 @@ _HOMES = {
     "editing.least_squares": "edit_least_squares key_cosines",
     "editing.probes": "Probe ProbeSet save_probes",
     "editing.texts": "general_probes",
-    "editing.relations": "probes rewrite",
+    "editing.relations": "probes rewrite known_facts",
     "editing.importing": "read_probes load_probes",
     "editing.auditing": "audit cast_survival",
     "editing.exposure": "exposure exposure_probes",

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import resid_surgery as rs
 from resid_surgery.editing import relations
 from resid_surgery.editing.probes import Probe, ProbeSet, save_probes
-from resid_surgery.editing.relations import NEAR, PREPENDED, known, probes, rewrite
+from resid_surgery.editing.relations import NEAR, PREPENDED, known_facts, probes, rewrite
 from resid_surgery.editing.rewrites import Rewrite
 from resid_surgery.editing.texts import corpus, general_probes
 from resid_surgery.errors import ArgumentError, PromptError
@@ -133,7 +133,7 @@ def test_the_tables_say_what_the_facts_say():
 
 
 def test_most_facts_are_known_and_each_has_enough_around_it():
-    table = known()
+    table = known_facts()
     assert len(table) == sum(len(load_facts(kind)) for kind in FACT_TYPES)
     with_relation = table[table.relation != ""]
     assert len(with_relation) >= 430
@@ -148,7 +148,7 @@ def test_most_facts_are_known_and_each_has_enough_around_it():
 
 
 def test_countries_of_the_capital_facts_have_other_properties():
-    table = known("capital")
+    table = known_facts("capital")
     countries = table[table.relation == "country.capital"]
     assert len(countries) >= 40
     assert (countries.properties >= 1).all()
@@ -210,7 +210,7 @@ def test_the_inverse_of_the_next_month():
 
 @pytest.mark.parametrize("kind", FACT_TYPES)
 def test_neighbours_never_hold_the_subject_nor_the_new_answer(kind):
-    rows = known(kind)
+    rows = known_facts(kind)
     rows = rows[rows.relation != ""]
     for row in rows.iloc[:: max(1, len(rows) // 12)].itertuples():
         fact = next(f for f in load_facts(kind) if f.prompt == row.prompt)
@@ -269,7 +269,7 @@ def test_several_rewrites_keep_their_labels_and_order():
 
 def test_without_rewrites_every_known_fact_of_the_kinds_is_rewritten():
     found = probes(kinds=["month"])
-    table = known("month")
+    table = known_facts("month")
     assert [one.text for one in found.rewrites] == list(table[table.relation != ""].prompt)
     for one in found.rewrites:
         fact = next(f for f in load_facts("month") if f.prompt == one.text)

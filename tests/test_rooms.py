@@ -33,7 +33,7 @@ ORDER = {
                 "answering", "surroundings", "predicting", "controls", "intervals", "resampling", "policy", "gating",
                 "junit", "reports", "budgets", "asking", "streams", "validating"],
     "views": ["plots", "figures", "circuits", "edits", "text", "files", "drawing", "report"],
-    "cli": ["common", "operating", "scoring", "tracing", "editing", "main"],
+    "cli": ["common", "operating", "scoring", "tracing", "validating", "main"],
 }  # fmt: skip
 PLACE = {".".join(filter(None, [room, name])): (i, j) for i, (room, names) in enumerate(ORDER.items())
          for j, name in enumerate(names)}  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resid_surgery.cli import editing, operating, scoring, tracing  # noqa: F401  (they register their commands, in this order)
+from resid_surgery.cli import operating, scoring, tracing, validating  # noqa: F401  (they register their commands, in this order)
 from resid_surgery.cli.common import (
     AsJson,
     Device,

@@ -155,11 +155,11 @@ def ask_ripple(q: Inquiry) -> None:
     table = ripple_table(answers, probes)
     q.tables["ripple"] = table
     run = table[table["executed"]]
-    tests = table.groupby("criterion").size()
-    rates = run.groupby("criterion")[["before", "after"]].mean().astype(float).reindex(tests.index)
+    held = table.groupby("criterion").size()
+    rates = run.groupby("criterion")[["before", "after"]].mean().astype(float).reindex(held.index)
     q.tables["ripple_rates"] = pd.DataFrame({
-        "criterion": tests.index, "tests": tests.to_numpy(),
-        "executed": run.groupby("criterion").size().reindex(tests.index, fill_value=0).to_numpy(),
+        "criterion": held.index, "tests": held.to_numpy(),
+        "executed": run.groupby("criterion").size().reindex(held.index, fill_value=0).to_numpy(),
         "passed_before": rates["before"].to_numpy(), "passed_after": rates["after"].to_numpy(),
     })  # fmt: skip
 
@@ -181,8 +181,8 @@ def ask_locality(q: Inquiry) -> None:
         part = table[table["stratum"].isin(members)]
         q.gate(gate, _rows(part, "kl"), "mean", **_units(part, gate))
     q.gate("top-1 flips: unrelated text", _flips(probes, found), "rate")
-    with q.clock.part("worst prompts", 10):
-        worst, shares = worst_prompts(q.base.subject, q.edited, table, passages)
+    with q.clock.part("worst prompts", q.budget.worst):
+        worst, shares = worst_prompts(q.base.subject, q.edited, table, passages, most=q.budget.worst)
     q.tables["worst"], q.tables["shares"] = worst, shares
 
 

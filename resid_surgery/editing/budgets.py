@@ -26,7 +26,7 @@ class Budget:
             texts,
             text_tokens: documents and their length. choices: questions. generations, generated: prompts and their
                 tokens.
-        sites, directions: random controls. facts: of a stream, asked at each checkpoint.
+        sites, directions: random controls. worst: prompts whose continuations are shown side by side.
 
     Raises:
         ArgumentError: a number is no whole number >= 0, or there would be no control.
@@ -46,7 +46,7 @@ class Budget:
     generated: int
     sites: int
     directions: int
-    facts: int | None
+    worst: int
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -60,9 +60,9 @@ class Budget:
 BUDGETS = {
     one.name: one
     for one in (
-        Budget("smoke", 8, 6, 8, 40, 6, 1200, 12, 96, 36, 2, 32, 5, 2, 20),
-        Budget("standard", None, None, 24, None, 16, 6000, None, 256, 120, 8, 64, 10, 5, 100),
-        Budget("full", None, None, None, None, 50, 50_000, None, 1024, None, None, 100, 20, 10, None),
+        Budget("smoke", 8, 6, 8, 40, 6, 1200, 12, 96, 36, 2, 32, 5, 2, 10),
+        Budget("standard", None, None, 24, None, 16, 6000, None, 256, 120, 8, 64, 10, 5, 20),
+        Budget("full", None, None, None, None, 50, 50_000, None, 1024, None, None, 100, 20, 10, 50),
     )
 }
 

@@ -27,7 +27,8 @@ def exposure_against_kl(model: OpenedModel, edit: Edit, texts: Sequence[str], *,
 
     Returns:
         One row a position: text, position, token, exposure, kl (KL(base, edited), nats); ``.attrs["rank_correlation"]``
-        is Spearman's between the two, ``.attrs["p_value"]`` its p-value for independent positions.
+        is Spearman's between the two, ``.attrs["p_value"]`` its p-value for independent positions; both NaN where one
+        of the two is the same everywhere.
 
     Raises:
         ArgumentError: no texts, or exposure is defined for no tensor of the edit.
@@ -57,6 +58,7 @@ def exposed_and_measured(
     found = compared(WeightsSubject(model, "base"), [subject], passages, whole=False)[0]
     kl = torch.cat([one.kl for one in found]).double().numpy()
     out = table[["text", "position", "token", "exposure"]].assign(kl=kl)
-    rank = spearmanr(out["exposure"], out["kl"]) if len(out) > 2 else (float("nan"), float("nan"))
+    varied = len(out) > 2 and min(out["exposure"].nunique(), out["kl"].nunique()) > 1
+    rank = spearmanr(out["exposure"], out["kl"]) if varied else (float("nan"), float("nan"))
     out.attrs |= {"rank_correlation": float(rank[0]), "p_value": float(rank[1])}
     return out

@@ -105,7 +105,7 @@ def rewrite(prompt: str, new: str) -> Rewrite:
     """A rewrite of a built-in fact, or of any prompt of a known relation, with subject and old answer filled in.
 
     Args:
-        prompt: as in `known()`, or a template of its relation. new: the new answer, with its leading space.
+        prompt: as in `known_facts()`, or a template of its relation. new: the new answer, with its leading space.
 
     Raises:
         PromptError: the prompt is not known (the nearest are listed), or `new` is the old answer.
@@ -121,12 +121,12 @@ def rewrite(prompt: str, new: str) -> Rewrite:
     found = _find(prompt)
     if found is None:
         close = ", ".join(map(repr, difflib.get_close_matches(prompt, list(_index()), n=3)))
-        do = f"Near: {close}." if close else "relations.known() lists them; else make an rs.Rewrite yourself."
+        do = f"Near: {close}." if close else "relations.known_facts() lists them; else make an rs.Rewrite yourself."
         raise PromptError(message("prompt", "one whose subject is known", prompt, do=do))
     return _filled(prompt, found, new)
 
 
-def known(kind: str | None = None) -> pd.DataFrame:
+def known_facts(kind: str | None = None) -> pd.DataFrame:
     """The built-in facts with what is known of them.
 
     Returns:

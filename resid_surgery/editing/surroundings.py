@@ -16,7 +16,6 @@ from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import Prompt, bind, encode, token_text
 
 Step = Callable[..., None]
-WORST = 10
 SHARES = 5
 SAID = 6
 
@@ -94,7 +93,7 @@ def locality_tokens(table: pd.DataFrame, sequences: Sequence[Passage], found: Se
 
 
 def worst_prompts(
-    base: WeightsSubject, edited: Subject, table: pd.DataFrame, sequences: Sequence[Passage], *, most: int = WORST
+    base: WeightsSubject, edited: Subject, table: pd.DataFrame, sequences: Sequence[Passage], *, most: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The probes with the largest KL, with what each model would say, and the tokens that make up their divergence.
 

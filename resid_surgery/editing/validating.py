@@ -11,7 +11,7 @@ Gates turn this into PASS, FAIL or INCONCLUSIVE by the bounds of intervals, neve
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,11 @@ from resid_surgery.editing.surroundings import text_passage
 from resid_surgery.editing.texts import corpus, general_probes
 from resid_surgery.errors import ArgumentError, PromptError
 from resid_surgery.models.opening import OpenedModel
+from resid_surgery.models.replacing import tensors_of
 from resid_surgery.stream.recording import need_model
 from resid_surgery.surgery.altering import Altered
 
-CONTROL_FACTS, CONTROL_PROBES = 8, 6
+CONTROL_FACTS, CONTROL_PROBES, CONTROL_BYTES = 8, 6, 200 << 20
 PARTS, EXPOSED, PREDICTED_TOKENS = 10, 100, 600
 TINY = 1e-12
 JUDGED = ("efficacy", "paraphrase", "locality", "text", "choice")
@@ -240,16 +241,22 @@ def _controls(q: Inquiry, edit: Edit, seed: int) -> None:
     stay = spread(near, CONTROL_PROBES)
     if edit.interventions or not (facts or stay):
         return
-    rows, effects = [], []
     controls = control_edits(q.model, edit, sites=q.budget.sites, directions=q.budget.directions, seed=seed)
+    rows: list[dict[str, Any]] = []
+    effects: list[list[float]] = []
     with q.clock.part("controls", len(controls)):
-        for draw, (kind, control) in enumerate([("the edit", edit), *controls]):
-            with control.applied(q.model) as handle:
-                subject = WeightsSubject(handle, kind, first_block(q.model, control))
-                effects.append(effects_on(q.base, subject, facts))
-                kl = divergence_on(q.base, [subject], stay)[0] if stay else None
-            mean = sum(effects[-1]) / len(facts) if facts else None
-            rows.append({"control": kind, "draw": draw, "effect": mean, "kl": kl})
+        for some in _together([("the edit", edit), *controls], q.model):
+            with ExitStack() as handles:
+                subjects = [
+                    WeightsSubject(handles.enter_context(one.applied(q.model)), kind, first_block(q.model, one))
+                    for kind, one in some
+                ]
+                found = [effects_on(q.base, subject, facts) for subject in subjects]
+                kls = divergence_on(q.base, subjects, stay) if stay else [None] * len(some)
+            for (kind, _), effect, kl in zip(some, found, kls, strict=True):
+                mean = sum(effect) / len(facts) if facts else None
+                rows.append({"control": kind, "draw": len(rows), "effect": mean, "kl": kl})
+            effects += found
     q.tables["controls"] = pd.DataFrame(rows)
     if facts:
         beside = [sum(abs(one[i]) for one in effects[1:]) / len(controls) for i in range(len(facts))]
@@ -259,6 +266,21 @@ def _controls(q: Inquiry, edit: Edit, seed: int) -> None:
         else:
             ratio = sum(effects[0]) / max(sum(beside), TINY)
             q.gate("efficacy / random control", [(facts[0].fact, facts[0].text, ratio)], "exact")
+
+
+def _together(edits: Sequence[tuple[str, Edit]], model: OpenedModel) -> Iterator[list[tuple[str, Edit]]]:
+    """As many edits at a time as their own tensors fit in memory, so that the base need not run for each."""
+    sizes = {path: tensor.numel() * tensor.element_size() for path, tensor in tensors_of(model.module).items()}
+    some: list[tuple[str, Edit]] = []
+    total = 0
+    for one in edits:
+        size = sum(sizes[change.name] for change in one[1].changes)
+        if some and total + size > CONTROL_BYTES:
+            yield some
+            some, total = [], 0
+        some.append(one)
+        total += size
+    yield some
 
 
 def _manifest(
