@@ -21,6 +21,7 @@ import resid_surgery as rs
 def facts(model: Any, many: int = 20) -> list[rs.Rewrite]:
     """Capitals that the model knows, each to be rewritten to another known one's answer."""
     table = rs.known_facts("capital").set_index("prompt")
+    table = table[table["subject"] != ""]
     known = [p for p in rs.facts("capital", model=model) if p.text in table.index]
     wanted = {}
     for i, prompt in enumerate(known):

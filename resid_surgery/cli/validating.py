@@ -79,7 +79,7 @@ def edit(
             made = rs.edit_least_squares(opened, [rewrite], layers=layer, **fitting)
     else:
         text = prompt.replace("{}", subject or "")
-        rewrites = () if not (subject and new) else (rs.Rewrite(prompt, subject, new, old),)
+        rewrites = () if not (subject and (new or old)) else (rs.Rewrite(prompt, subject, new, old),)
         sites: Any = site or _located(opened, text, _needed(method, old=old)[0], layer, k, sources)
         if method == "coefficients":
             made = rs.edit_coefficients(opened, sites, factor, rewrites=rewrites)

@@ -37,14 +37,14 @@ def asked_of(rewrite: Rewrite, axis: str, prompts: Sequence[str]) -> Iterator[Pr
     for prompt in prompts:
         text = prompt_of(prompt)
         old = answer(text, rewrite.old) if rewrite.old else None
-        yield Probe(axis, text, rewrite.label, target=answer(text, rewrite.new), old=old)
+        yield Probe(axis, text, rewrite.label, target=answer(text, rewrite.wanted), old=old)
 
 
 def kept_of(rewrite: Rewrite, stratum: str, prompt: str, answers: Sequence[str], criterion: str = "") -> Probe:
     """A locality probe; the new answer is what must not be said there."""
     text = prompt_of(prompt)
     said = [answer(text, one) for one in answers]
-    target, new = said[0] if said else None, answer(text, rewrite.new)
+    target, new = said[0] if said else None, answer(text, rewrite.wanted)
     old = None if new == target else new
     return Probe("locality", text, rewrite.label, stratum, criterion, target, old, others=tuple(said[1:]))
 

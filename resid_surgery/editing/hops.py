@@ -91,7 +91,7 @@ def mquake(records: Iterator[Fields]) -> Found:
         for rewrite, question in pairs:
             if rewrite is not None:
                 for key in (rewrite.text, question):
-                    told.setdefault(key, set()).add(rewrite.new.strip())
+                    told.setdefault(key, set()).add(rewrite.wanted.strip())
     for (record, _, hops), pairs in zip(items, asked, strict=True):
         yield from _mquake_item(record, pairs, hops, told)
 
@@ -115,7 +115,9 @@ def _mquake_item(record: Fields, pairs: list[Any], hops: list[Hop], told: dict[s
     questions, right = record.texts("questions"), record.text("new_answer")
     others, old = record.texts("new_answer_alias"), record.text("answer")
     own = {key for rewrite, question in given for key in (rewrite.text, question)}
-    if not given or not all(rewrite.new.strip() in _said(hops, rewrite.text, question) for rewrite, question in given):
+    if not given or not all(
+        rewrite.wanted.strip() in _said(hops, rewrite.text, question) for rewrite, question in given
+    ):
         record.tally.note("item whose hops contradict its own rewrites (no question made)")
         return
     elsewhere = [bool(told.get(k, set()) - set(said)) for cloze, asked, said in hops for k in (cloze, asked)]

@@ -109,7 +109,7 @@ def essence(model: OpenedModel, rewrite: Rewrite, prefixes: Sequence[str]) -> Co
 
 
 def _context(model: OpenedModel, rewrite: Rewrite, text: str) -> Context:
-    answer = answer_ids(text, rewrite.new, model)
+    answer = answer_ids(text, rewrite.wanted, model)
     unknown = getattr(model.tokenizer, "unk_token_id", None)
     if unknown is not None and unknown in answer:
         do = "Its tokenizer does not know it."

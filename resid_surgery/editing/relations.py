@@ -101,11 +101,12 @@ def probes(rewrites: Any = None, *, kinds: Sequence[str] | None = None, seed: in
     return ProbeSet(tuple(made), "relations", given, tuple(missing))
 
 
-def rewrite(prompt: str, new: str) -> Rewrite:
+def rewrite(prompt: str, new: str | None = None) -> Rewrite:
     """A rewrite of a built-in fact, or of any prompt of a known relation, with subject and old answer filled in.
 
     Args:
-        prompt: as in `known_facts()`, or a template of its relation. new: the new answer, with its leading space.
+        prompt: as in `known_facts()`, or a template of its relation. new: the new answer, with its leading space;
+            None for an edit that is only to erase the old one.
 
     Raises:
         PromptError: the prompt is not known (the nearest are listed), or `new` is the old answer.
@@ -116,12 +117,12 @@ def rewrite(prompt: str, new: str) -> Rewrite:
     """
     if not isinstance(prompt, str):
         raise PromptError(message("prompt", "a text", prompt))
-    if not isinstance(new, str) or not new.startswith(" ") or not new.strip():
+    if new is not None and (not isinstance(new, str) or not new.startswith(" ") or not new.strip()):
         raise PromptError(message("new", "an answer with its leading space", new))
     found = _find(prompt)
     if found is None:
         close = ", ".join(map(repr, difflib.get_close_matches(prompt, list(_index()), n=3)))
-        do = f"Near: {close}." if close else "relations.known_facts() lists them; else make an rs.Rewrite yourself."
+        do = f"Near: {close}." if close else "rs.known_facts() lists them; else make an rs.Rewrite yourself."
         raise PromptError(message("prompt", "one whose subject is known", prompt, do=do))
     return _filled(prompt, found, new)
 
@@ -208,7 +209,7 @@ def _subject(prompt: str, row: dict[str, Any]) -> str:
     return prompt[at : at + len(bare)] if at >= 0 else ""
 
 
-def _filled(prompt: str, found: Known, new: str) -> Rewrite:
+def _filled(prompt: str, found: Known, new: str | None) -> Rewrite:
     subject = _subject(prompt, found.row)
     at = prompt.rfind(subject)
     return Rewrite(prompt[:at] + "{}" + prompt[at + len(subject) :], subject, new, _answers(found)[0])
@@ -244,8 +245,9 @@ def _around(one: Rewrite, rng: random.Random) -> Iterator[Probe]:
         yield from _paraphrases(one, found)
         yield from near
         yield from _same_subject(one, found)
-        yield from _ripples(one, found)
-    yield from _prepended(one, near[:: max(1, len(near) // PREPENDED)][:PREPENDED] or _unrelated(one))
+        yield from _ripples(one, found) if one.new is not None else ()
+    if one.new is not None:
+        yield from _prepended(one, near[:: max(1, len(near) // PREPENDED)][:PREPENDED] or _unrelated(one))
 
 
 def _paraphrases(one: Rewrite, found: Known) -> Iterator[Probe]:
@@ -306,7 +308,7 @@ def _ripples(one: Rewrite, found: Known) -> Iterator[Probe]:
 def _inverse(spec: dict[str, Any], one: Rewrite, found: Known) -> Probe | None:
     """What the new answer now has as its subject."""
     subject = " " + found.row["name"]
-    before, after = (spec["prompt"].replace("{new}", said.strip()) for said in (_answers(found)[0], one.new))
+    before, after = (spec["prompt"].replace("{new}", said.strip()) for said in (_answers(found)[0], one.wanted))
     known_new = any(_said(row, found.relation.column)[:1] == (one.new,) for row in _data()[0][found.relation.table])
     if not known_new or one.new == subject:
         return None
@@ -324,7 +326,7 @@ def _one_hop(spec: dict[str, Any], one: Rewrite, found: Known) -> Probe | None:
     if "column" not in spec:
         return Probe("ripple", text, one.label, criterion=spec["criterion"], target=one.new, old=old,
                      conditions=((text, old),))  # fmt: skip
-    now, was = (_property(spec["column"], said) for said in (one.new, old))
+    now, was = (_property(spec["column"], said) for said in (one.wanted, old))
     if now is None or (was is not None and was[1] == now[1]):
         return None
     return Probe("ripple", text, one.label, criterion=spec["criterion"], target=now[1], old=was[1] if was else None,

@@ -16,7 +16,8 @@ class Rewrite:
     Args:
         prompt: ends right before the answer, without a trailing space; ``{}`` stands for the subject.
         subject: what the fact is about; its text stands in the prompt (the last time counts).
-        new: the new answer with its leading space (" Rome"); one token or several.
+        new: the new answer with its leading space (" Rome"); one token or several. None where the old one is only to
+            go (an erasing edit).
         old: the answer before, or None where it is not known.
         name: of the fact in tables; the filled prompt if left out.
 
@@ -30,17 +31,21 @@ class Rewrite:
 
     prompt: str
     subject: str
-    new: str
+    new: str | None = None
     old: str | None = None
     name: str = ""
 
     def __post_init__(self) -> None:
-        for field in ("prompt", "subject", "new"):
+        for field in ("prompt", "subject"):
             value = getattr(self, field)
             if not isinstance(value, str) or not value.strip():
                 raise PromptError(message(field, "a non-empty text", value))
-        if self.old is not None and (not isinstance(self.old, str) or not self.old.strip()):
-            raise PromptError(message("old", "a non-empty text or None", self.old))
+        for field in ("new", "old"):
+            value = getattr(self, field)
+            if value is not None and (not isinstance(value, str) or not value.strip()):
+                raise PromptError(message(field, "a non-empty text or None", value))
+        if self.new is None and self.old is None:
+            raise PromptError("`new` must be given (the answer that is wanted), or `old` (the answer that is to go).")
         if self.old == self.new:
             raise PromptError(message("new", "another answer than the old one", self.new))
         if self.subject not in self.text:
@@ -62,7 +67,18 @@ class Rewrite:
     @property
     def sentence(self) -> str:
         """The new fact as a sentence: "The capital of France is Rome."."""
-        return f"{self.text}{self.new}."
+        return f"{self.text}{self.wanted}."
+
+    @property
+    def wanted(self) -> str:
+        """The new answer.
+
+        Raises:
+            PromptError: the rewrite has none.
+        """
+        if self.new is None:
+            raise PromptError(f"`new` must be given to rewrite {self.text!r}: it names no answer that is wanted.")
+        return self.new
 
     def said(self) -> dict[str, Any]:
         """As plain data, for storing."""

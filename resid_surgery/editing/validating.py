@@ -258,6 +258,7 @@ def _controls(q: Inquiry, edit: Edit, seed: int) -> None:
                 rows.append({"control": kind, "draw": len(rows), "effect": mean, "kl": kl})
             effects += found
     q.tables["controls"] = pd.DataFrame(rows)
+    q.tables["control_ratios"] = _ratios(q.tables["controls"])
     if facts:
         beside = [sum(abs(one[i]) for one in effects[1:]) / len(controls) for i in range(len(facts))]
         values = [(p.fact, p.text, effect) for p, effect in zip(facts, effects[0], strict=True)]
@@ -266,6 +267,18 @@ def _controls(q: Inquiry, edit: Edit, seed: int) -> None:
         else:
             ratio = sum(effects[0]) / max(sum(beside), TINY)
             q.gate("efficacy / random control", [(facts[0].fact, facts[0].text, ratio)], "exact")
+
+
+def _ratios(table: pd.DataFrame) -> pd.DataFrame:
+    """The edit's figures over the mean size of its controls', kind by kind."""
+    own, others = table.iloc[0], table.iloc[1:]
+    out = []
+    for figure in ("effect", "kl"):
+        for kind, some in others.groupby("control", sort=False):
+            size = some[figure].abs().mean()
+            out.append({"figure": figure, "control": kind, "draws": len(some), "edit": own[figure], "controls": size,
+                        "ratio": own[figure] / max(size, TINY) if size == size else None})  # fmt: skip
+    return pd.DataFrame(out)
 
 
 def _together(edits: Sequence[tuple[str, Edit]], model: OpenedModel) -> Iterator[list[tuple[str, Edit]]]:
