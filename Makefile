@@ -41,7 +41,7 @@ bench-surgery: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_surgery.py
 
 bench-validating: $(STAMP)
-	$(BIN)/python tests/benchmarks/bench_validating.py --standard --memory
+	$(BIN)/python tests/benchmarks/bench_validating.py --calibrate --standard --memory
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -263,7 +263,13 @@ def test_several_rewrites_keep_their_labels_and_order():
     other = rewrite("The capital of Japan is", " Lima")
     both = probes([ROME, other])
     assert both.rewrites == (ROME, other)
-    assert both == ProbeSet((*probes(ROME), *probes(other)), "relations", (ROME, other))
+    near = [p for p in (*probes(ROME), *probes(other)) if p.axis == "locality" and p.stratum != "same subject"]
+    told = ("efficacy", "paraphrase", "ripple")
+    assert both.of(*told).probes == (*probes(ROME).of(*told), *probes(other).of(*told))
+    assert any("Japan" in p.text or "France" in p.text for p in near), "alone, each is a neighbour of the other"
+    kept = [p for p in both.of("locality") if p.stratum in ("same relation", "edit prepended")]
+    assert len(kept) > 40
+    assert not any("Japan is" in p.text.split(". ")[-1] or "France is" in p.text.split(". ")[-1] for p in kept)
     assert set(both.table.fact) == {ROME.label, other.label}
 
 
@@ -287,7 +293,7 @@ def test_rewrite_fills_in_subject_and_old_answer():
 def test_bad_calls_say_what_to_do():
     with pytest.raises(PromptError, match=r"Near: 'The capital of France is'"):
         rewrite("The capital of Frence is", " Rome")
-    with pytest.raises(PromptError, match=r"relations.known\(\) lists them"):
+    with pytest.raises(PromptError, match=r"rs.known_facts\(\) lists them"):
         rewrite("zzzz", " Rome")
     with pytest.raises(PromptError, match="`prompt` must be a text; got 3"):
         rewrite(3, " Rome")

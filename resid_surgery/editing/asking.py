@@ -294,7 +294,7 @@ def _by_fact(table: pd.DataFrame) -> pd.DataFrame:
             names = ("new", "old", "new_change", "old_change", "above_before", "above_after", "match_after", "free",
                      "said_before", "said_after")  # fmt: skip
             row |= {name: first[name] for name in names if name in first}
-            row["replaced_by"] = first["first_after"] if first["new"] is None else None
+            row["replaced_by"] = first["first_after"] if pd.isna(first["new"]) else None
         row["paraphrases"] = len(again)
         for name in ("above_after", "match_after", "free"):
             if name in again and again[name].notna().any():

@@ -6,7 +6,7 @@ the same matrix of another layer). Success at random places shows that success s
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import final
 
@@ -21,6 +21,7 @@ from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.replacing import tensors_of, ties_of
 
 COPIES = 5
+COLLINEAR = 1e-4  # what rounding to a checkpoint's dtype leaves of a scaling beside its row
 
 
 @final
@@ -55,8 +56,8 @@ def random_site(model: OpenedModel, edit: Edit, seed: int) -> Edit:
     """
     generator = torch.Generator().manual_seed(seed)
     held = tensors_of(model.module)
-    taken: set[str] = set(edit.tensors)
-    moved = [_moved(change, edit, held, model, taken, generator) for change in edit.changes]
+    layers = _other_layers(model, edit, held, seed)
+    moved = [_moved(change, held, model, layers, generator) for change in edit.changes]
     return _control(model, edit, moved, f"random site {seed}")
 
 
@@ -90,22 +91,42 @@ def _like(delta: Tensor, generator: torch.Generator, rest: int) -> Tensor:
 
 def _moved(
     change: Change,
-    edit: Edit,
     held: dict[str, Tensor],
     model: OpenedModel,
-    taken: set[str],
+    layers: Mapping[int, int],
     generator: torch.Generator,
 ) -> Change:
     if isinstance(change, Rows) and 2 * len(change.index) <= _slices(change):
-        return _other_slices(change, edit, held[change.name], generator)
-    others = [path for path in _twins(change, model, held) if path not in taken]
-    if others:
-        picked = others[int(torch.randint(len(others), (), generator=generator))]
-        taken.add(picked)
-        tied = tuple(path for path in ties_of(model.module)[picked] if path != picked)
-        there = replace(change, name=picked, tied=tied)
-        return _rescaled(there, change, edit, held)
-    return _shuffled(change, generator)
+        return _other_slices(change, held[change.name], generator)
+    place = _in_block(change.name, model)
+    if place is None or place[0] not in layers:
+        return _shuffled(change, generator)
+    picked = _twin(change.name, layers[place[0]], model)
+    tied = tuple(path for path in ties_of(model.module)[picked] if path != picked)
+    return _rescaled(replace(change, name=picked, tied=tied), change, held)
+
+
+def _other_layers(model: OpenedModel, edit: Edit, held: Mapping[str, Tensor], seed: int) -> dict[int, int]:
+    """Edited layer -> another one with the same tensors, not edited there; seeds take all of them in turn.
+
+    What is changed of one layer moves together. A layer without another like it is left out.
+    """
+    places = [(change, place) for change in edit.changes if (place := _in_block(change.name, model)) is not None]
+    taken, found = set[int](), dict[int, int]()
+    order = torch.randperm(model.anatomy.n_layers, generator=torch.Generator().manual_seed(0)).tolist()
+    order = order[seed % len(order) :] + order[: seed % len(order)]
+    for layer in sorted({layer for _, (layer, _) in places}):
+        mine = [change for change, (i, _) in places if i == layer]
+        free = (i for i in order if i not in taken and all(_fits(one, i, edit, model, held) for one in mine))
+        if (other := next(free, None)) is not None:
+            found[layer] = other
+            taken.add(other)
+    return found
+
+
+def _fits(change: Change, layer: int, edit: Edit, model: OpenedModel, held: Mapping[str, Tensor]) -> bool:
+    path = _twin(change.name, layer, model)
+    return path in held and path not in edit.tensors and tuple(held[path].shape) == tuple(change.shape)
 
 
 def _slices(change: Rows) -> int:
@@ -115,7 +136,7 @@ def _slices(change: Rows) -> int:
     return total
 
 
-def _other_slices(change: Rows, edit: Edit, old: Tensor, generator: torch.Generator) -> Change:
+def _other_slices(change: Rows, old: Tensor, generator: torch.Generator) -> Change:
     limits = [change.shape[axis] for axis in change.axes]
     flat = torch.arange(_slices(change))
     grid = torch.stack(torch.unravel_index(flat, limits), -1)
@@ -127,41 +148,42 @@ def _other_slices(change: Rows, edit: Edit, old: Tensor, generator: torch.Genera
         return _shuffled(change, generator)
     index = free[torch.randperm(len(free), generator=generator)[: len(change.index)]]
     there = replace(change, index=index)
-    return _rescaled(there, change, edit, {change.name: old})
+    return _rescaled(there, change, {change.name: old})
 
 
-def _rescaled(there: Change, here: Change, edit: Edit, held: dict[str, Tensor]) -> Change:
+def _rescaled(there: Change, here: Change, held: Mapping[str, Tensor]) -> Change:
     """For a scaling: (factor - 1) times what stands at the other place, not what stood at this one."""
-    factors = _factors(here, held.get(here.name)) if edit.method == SCALING else None
-    if factors is None or not isinstance(there, Rows):
+    if not isinstance(there, Rows) or not isinstance(here, Rows):
+        return there
+    factors = _factors(here, held[here.name])
+    if factors is None:
         return there
     front = held[there.name].detach().double().movedim(there.axes, tuple(range(len(there.axes))))
     rows = front[tuple(there.index.T)]
     return replace(there, delta=rows * factors.view(-1, *[1] * (rows.ndim - 1)))
 
 
-def _factors(here: Change, old: Tensor | None) -> Tensor | None:
-    """(slice,) factor - 1 of each slice of a scaling, read off the change itself."""
-    if not isinstance(here, Rows) or old is None:
-        return None
+def _factors(here: Rows, old: Tensor) -> Tensor | None:
+    """(slice,) factor - 1 of each slice where the change is a scaling of what stands there, else None."""
     front = old.detach().double().movedim(here.axes, tuple(range(len(here.axes))))
     rows = front[tuple(here.index.T)].reshape(len(here.index), -1)
     delta = here.delta.double().reshape(len(here.index), -1)
-    return (delta * rows).sum(-1) / rows.square().sum(-1).clamp_min(1e-300)
+    factors = (delta * rows).sum(-1) / rows.square().sum(-1).clamp_min(1e-300)
+    left = delta - factors[:, None] * rows
+    return factors if rows.shape[1] > 1 and bool(left.norm() <= COLLINEAR * delta.norm()) else None
 
 
-SCALING = "edit_coefficients"
-"""The method name of edits that scale coefficients."""
+def _in_block(path: str, model: OpenedModel) -> tuple[int, str] | None:
+    """(layer, path inside its block) of a tensor; None for tensors outside the blocks."""
+    found = re.fullmatch(re.escape(model.path(None, "blocks")) + r"\.(\d+)\.(.+)", path)
+    return None if found is None else (int(found[1]), found[2])
 
 
-def _twins(change: Change, model: OpenedModel, held: dict[str, Tensor]) -> list[str]:
-    """Paths of the same tensor in other layers."""
-    prefix = model.path(None, "blocks") + "."
-    found = re.fullmatch(re.escape(prefix) + r"(\d+)\.(.+)", change.name)
-    if found is None:
-        return []
-    paths = [f"{prefix}{i}.{found[2]}" for i in range(model.anatomy.n_layers) if i != int(found[1])]
-    return [path for path in paths if path in held and tuple(held[path].shape) == tuple(change.shape)]
+def _twin(path: str, layer: int, model: OpenedModel) -> str:
+    """The path of the same tensor in another layer."""
+    place = _in_block(path, model)
+    assert place is not None
+    return f"{model.path(None, 'blocks')}.{layer}.{place[1]}"
 
 
 def _shuffled(change: Change, generator: torch.Generator) -> Change:

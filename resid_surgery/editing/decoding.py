@@ -5,6 +5,7 @@ the continuation begins with it and the word ends there: "Rome" is not said by "
 """
 
 import math
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ import torch
 
 from resid_surgery.editing.running import Subject
 
+UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 BEYOND = 3
 """Tokens that are decoded beyond an answer, to see that its word ends."""
 
@@ -42,7 +44,13 @@ def says(text: str, answer: str) -> bool:
     """
     text, answer = text.lstrip(), answer.strip()
     after = text[len(answer) : len(answer) + 1]
-    return bool(answer) and text.startswith(answer) and not (after.isalnum() and answer[-1].isalnum())
+    joined = after.isalnum() and answer[-1:].isalnum() and not _unspaced(after)
+    return bool(answer) and text.startswith(answer) and not joined
+
+
+def _unspaced(character: str) -> bool:
+    """Whether a character is of a script that is written without spaces between words."""
+    return unicodedata.name(character, "").startswith(UNSPACED)
 
 
 def fluency(ids: Sequence[int], wanted: int) -> dict[str, float]:

@@ -80,7 +80,7 @@ def probes(rewrites: Any = None, *, kinds: Sequence[str] | None = None, seed: in
 
     Returns:
         For each rewrite, with its label as `fact`: efficacy, paraphrase, locality ("same relation", "same subject",
-        "edit prepended") and ripple probes. Neighbours' prompts never hold the rewritten subject, and none whose true
+        "edit prepended") and ripple probes. Neighbours' prompts never hold a rewritten subject, and none whose true
         answer is the new one is used. `old` of a locality probe is the new answer: what must not be said there.
         `.ignored` says what could not be made.
 
@@ -94,8 +94,9 @@ def probes(rewrites: Any = None, *, kinds: Sequence[str] | None = None, seed: in
     given = _rewrites(rewrites, kinds)
     made: dict[Probe, None] = {}
     missing: list[str] = []
+    told = [known.row for one in given if (known := _find(one.text)) is not None]
     for one in given:
-        found = list(_around(one, random.Random(f"{seed} {one.label} {one.new}")))
+        found = list(_around(one, random.Random(f"{seed} {one.label} {one.new}"), told))
         made |= dict.fromkeys(found)
         missing += _missing(one, found)
     return ProbeSet(tuple(made), "relations", given, tuple(missing))
@@ -237,10 +238,10 @@ def _rewrites(given: Any, kinds: Sequence[str] | None) -> tuple[Rewrite, ...]:
     return tuple(_filled(f.prompt, found, f.competitors[0]) for f in facts if (found := _find(f.prompt)))
 
 
-def _around(one: Rewrite, rng: random.Random) -> Iterator[Probe]:
+def _around(one: Rewrite, rng: random.Random, told: Sequence[dict[str, Any]]) -> Iterator[Probe]:
     yield Probe("efficacy", one.text, one.label, target=one.new, old=one.old)
     found = _find(one.text)
-    near = list(_neighbours(one, found, rng)) if found else []
+    near = list(_neighbours(one, found, rng, told)) if found else []
     if found is not None:
         yield from _paraphrases(one, found)
         yield from near
@@ -258,10 +259,14 @@ def _paraphrases(one: Rewrite, found: Known) -> Iterator[Probe]:
             yield Probe("paraphrase", text, one.label, target=one.new, old=old)
 
 
-def _neighbours(one: Rewrite, found: Known, rng: random.Random) -> Iterator[Probe]:
-    """Other subjects under the same prompt, those with the same answer first; under more prompts where they are few."""
+def _neighbours(one: Rewrite, found: Known, rng: random.Random, told: Sequence[dict[str, Any]]) -> Iterator[Probe]:
+    """Other subjects under the same prompt, those with the same answer first; under more prompts where they are few.
+
+    Subjects that are rewritten themselves (`told`) are no neighbours: what is said of them is meant to change.
+    """
     relation = found.relation
-    rows = [row for row in _data()[0][relation.table] if row is not found.row and row[relation.column] is not None]
+    rows = [row for row in _data()[0][relation.table]
+            if row[relation.column] is not None and not any(row is other for other in told)]  # fmt: skip
     rng.shuffle(rows)
     rows.sort(key=lambda row: row[relation.column] != found.row[relation.column])
     own = [found.template] if found.template in relation.templates else []

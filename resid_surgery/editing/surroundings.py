@@ -97,8 +97,9 @@ def worst_prompts(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The probes with the largest KL, with what each model would say, and the tokens that make up their divergence.
 
-    A token's share is p_i (log p_i - log q_i) / KL at the position of the largest KL: above 0 for what the edited model
-    finds less likely, below 0 for what it finds likelier.
+    A token's share is (p_i log(p_i / q_i) - p_i + q_i) / KL at the position of the largest KL: never below 0, whether
+    the edited model finds the token likelier or less likely, and 1 in sum over the vocabulary, as p and q both sum to
+    1.
 
     Returns:
         (worst, shares). worst: rank and the row of `locality_table`, with text_before, text_after: what each model
@@ -114,14 +115,14 @@ def worst_prompts(
         at = one.at[:1] if pd.notna(table.loc[i, "answer"]) else one.at
         ids = torch.tensor([one.ids])
         p, q = (torch.log_softmax(s.logits(ids, at)[0], -1) for s in (base, edited))
-        parts = addends(p, q)
+        parts = addends(p, q) - p.exp() + q.exp()
         worst = int(parts.sum(-1).argmax())
         total = float(parts[worst].sum())
         shares += [
             {"prompt": table.loc[i, "prompt"], "position": at[worst], "token": token_text(token, tokenizer),
              "share": float(parts[worst, token]) / total if total else 0.0,
              "prob_before": float(p[worst, token].exp()), "prob_after": float(q[worst, token].exp())}
-            for token in parts[worst].abs().topk(SHARES).indices.tolist()
+            for token in parts[worst].topk(SHARES).indices.tolist()
         ]  # fmt: skip
         context = torch.tensor([one.ids[: at[worst] + 1]])
         for name, subject in (("text_before", base), ("text_after", edited)):

@@ -257,7 +257,7 @@ def _controls(q: Inquiry, edit: Edit, seed: int) -> None:
                 mean = sum(effect) / len(facts) if facts else None
                 rows.append({"control": kind, "draw": len(rows), "effect": mean, "kl": kl})
             effects += found
-    q.tables["controls"] = pd.DataFrame(rows)
+    q.tables["controls"] = pd.DataFrame(rows).astype({"effect": float, "kl": float})
     q.tables["control_ratios"] = _ratios(q.tables["controls"])
     if facts:
         beside = [sum(abs(one[i]) for one in effects[1:]) / len(controls) for i in range(len(facts))]

@@ -6,18 +6,21 @@ minutes):
    seconds and tokens of each part, and how many tokens a second that makes against plain forwards of the same texts.
 3. What resuming at the first changed block saves, against comparing two whole forwards.
 4. A second validation, for which the base's figures are remembered, against the first one.
-5. Peak memory above the model.
+5. With ``--calibrate``, where edits of known harm stand beside the limits.
+6. Peak memory above the model.
 """
 
 import argparse
 import os
 import tempfile
 import time
+from collections.abc import Callable
 
 import torch
 from measuring import interleaved, peak, seconds
 
 import resid_surgery as rs
+from resid_surgery.editing.controls import NullSubject
 from resid_surgery.editing.running import Passage, WeightsSubject, compared, first_block
 
 WANTED = rs.Rewrite("The capital of {} is", subject="France", new=" Rome", old=" Paris")
@@ -65,9 +68,35 @@ def resuming(model: rs.OpenedModel, edit: rs.Edit) -> None:
     print(f"comparing from block {low.first}: {a:.2f} s, whole forwards {b:.2f} s, ratio {ratio:.2f}")
 
 
+def calibration(model: rs.OpenedModel, made: dict[str, rs.Edit]) -> None:
+    """Where edits of known harm stand beside the limits."""
+    edits = {
+        "nothing but other batches": None,
+        "one random neuron zeroed": rs.edit_coefficients(model, ["L12.N700"], 0.0),
+        "the 20 neurons that write Paris zeroed": made["coefficients"],
+        "rank-one": made["rank-one"],
+        "value rows, l2 = 8": made["value rows"],
+        "a whole MLP zeroed": rs.edit_coefficients(model, ["L20.mlp"], 0.0),
+    }
+    columns = ["kl: unrelated text", "top-1 flips: unrelated text", "perplexity drift"]
+    print(f"{'':40s} {'KL unrelated':>13s} {'flips':>7s} {'perplexity':>11s}  verdict")
+    for name, edit in edits.items():
+        given = other_batches(model) if edit is None else edit
+        done = rs.validate(model, given, budget="smoke")
+        value = done.gates.set_index("gate")["value"].reindex(columns)
+        print(f"{name:40s} {value.iloc[0]:13.2e} {value.iloc[1]:7.3f} {value.iloc[2]:+11.2e}  {done.verdict}")
+
+
+def other_batches(model: rs.OpenedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The base itself, a row at a time beside copies of it: the null control as if it were an edit."""
+    subject = NullSubject(model)
+    return lambda ids: subject.logits(ids, range(ids.shape[1]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--standard", action="store_true")
+    parser.add_argument("--calibrate", action="store_true")
     parser.add_argument("--memory", action="store_true")
     given = parser.parse_args()
     model = rs.load("smollm2-135m")
@@ -85,6 +114,8 @@ def main() -> None:
         again = seconds(lambda: rs.validate(model, made["rank-one"], budget="smoke"))
         print(f"smoke again, with the base's figures remembered: {again:.0f} s, ratio {again / first:.2f}")
         resuming(model, rs.edit_coefficients(model, ["L27.N846"], 0.0))
+        if given.calibrate:
+            calibration(model, made)
         if given.standard:
             validated(model, made["rank-one"], "standard")
         if given.memory:
