@@ -27,13 +27,22 @@ def edit(
         str, typer.Argument(metavar="PROMPT", help="Ends right before the answer; {} may stand for the subject.")
     ],
     new: Annotated[str | None, typer.Option("--new", help="The new answer; mind the leading space: ' Rome'.")] = None,
-    old: Annotated[str | None, typer.Option("--old", help="The answer before; needed to locate neurons.")] = None,
+    old: Annotated[
+        str | None, typer.Option("--old", help="The answer before; value-rows and coefficients locate its neurons.")
+    ] = None,
     subject: Annotated[
         str | None, typer.Option(help="What the fact is about; needed by rank-one, least-squares.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The .safetensors file to write.")] = None,
-    method: Annotated[str, typer.Option(help="rank-one, least-squares, value-rows or coefficients.")] = "rank-one",
-    layer: Annotated[list[int] | None, typer.Option("--layer", help="Which layer; repeat for least-squares.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The .safetensors file to write; without it the edit is only shown.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="rank-one (ROME), least-squares (MEMIT), value-rows or coefficients.")
+    ] = "rank-one",
+    layer: Annotated[
+        list[int] | None,
+        typer.Option("--layer", help="Which layer to edit, or to locate in; repeat for more (not rank-one)."),
+    ] = None,
     site: Annotated[
         list[str] | None,
         typer.Option(
@@ -58,7 +67,10 @@ def edit(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Rewrite a fact, or scale what writes it, as an edit in one file; `validate` says what else it changed."""
+    """Rewrite a fact, or scale what writes it, as an edit in one file; `validate` says what else it changed.
+
+    resid-surgery edit "The capital of {} is" --subject France --new " Rome" --old " Paris" --out rome.safetensors
+    """
     import resid_surgery as rs
 
     if method not in METHODS:
@@ -123,9 +135,15 @@ def validate(
     edited: Edited,
     probes: Annotated[
         list[Path] | None,
-        typer.Option(help="CounterFact, EasyEdit, zsRE, KnowEdit, RippleEdits, MQuAKE, LRE, ParaRel or own; repeat."),
+        typer.Option(
+            help="What to ask in place of the edit's own facts: a file of CounterFact, EasyEdit, zsRE, KnowEdit, "
+            "RippleEdits, MQuAKE, LRE or ParaRel, or of rs.save_probes; repeat for more."
+        ),
     ] = None,
-    format: Annotated[str | None, typer.Option("--format", help="Of the probes, where it is not told apart.")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option("--format", help="Of the probes; left out, the fields of a file's first record tell it."),
+    ] = None,
     budget: Annotated[str, typer.Option(help="smoke (minutes), standard or full.")] = "smoke",
     policy: Annotated[
         Path | None, typer.Option(help='JSON of other limits: {"kl: unrelated text": [0.002, 0.02]}.')
@@ -242,7 +260,8 @@ def diff(
     rows: Rows = 40,
     as_json: AsJson = False,
 ) -> None:
-    """Two validations gate by gate; refused where they did not ask the same."""
+    """Two validations gate by gate; refused (exit code 2) where they did not ask the same. It compares, and judges
+    nothing: exit code 0 whatever the verdicts are."""
     import resid_surgery as rs
 
     one, other = (rs.Validation.from_json(path) for path in (before, after))

@@ -18,18 +18,24 @@ T = TypeVar("T")
 @final
 @dataclass(frozen=True)
 class Budget:
-    """How many probes of each kind are asked; None for all.
+    """How many probes of each kind are asked; None for all. `BUDGETS` has "smoke", "standard" and "full".
 
     Attributes:
-        name: "smoke", "standard" or "full". paraphrases, ripples: a fact. neighbours: a fact and stratum. unrelated:
-            texts. exposed: contexts at each of high, middle and zero exposure. exposure_tokens: searched for them.
-            texts,
-            text_tokens: documents and their length. choices: questions. generations, generated: prompts and their
-                tokens.
-        sites, directions: random controls. worst: prompts whose continuations are shown side by side.
+        name: what reports call it. paraphrases, ripples: of each fact. neighbours: of each fact and stratum. unrelated:
+            prompts of that stratum. exposed: contexts at each of high, middle and zero exposure. exposure_tokens:
+            searched for them.
+        texts, text_tokens: documents and their length. choices: questions. generations, generated: prompts and the
+            tokens to continue each by.
+        sites, directions: how many random places and random directions stand beside the edit as controls. worst:
+            prompts whose continuations are shown side by side.
 
     Raises:
         ArgumentError: a number is no whole number >= 0, or there would be no control.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> replace(BUDGETS["smoke"], name="mine", texts=4, generations=0).texts
+        4
     """
 
     name: str

@@ -288,7 +288,8 @@ def _more(found: Found, gate: Gate, bounds: Interval, fail: float, confidence: f
     alike = ", all without a failure," if gate.direction == AT_LEAST and found.value == 1 else ""
     extra = max(1, ceil(needed - found.n))
     unit = found.unit.replace("s", "", 1) if extra == 1 else found.unit  # documents, edits, prompts of one edit
-    return f"about {extra} more {unit}{alike} would decide it"
+    toward = "PASS" if gate.within(found.value, fail) else "FAIL"
+    return f"about {extra} more {unit}{alike} would decide it: {toward}, if the value stays"
 
 
 def _trials(share: Rate, value: float, fail: float, confidence: float) -> float:

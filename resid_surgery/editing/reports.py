@@ -152,11 +152,21 @@ class Validation:
         Raises:
             LoadError: it cannot be read, is no report, or one of another schema version.
         """
-        text = source if isinstance(source, str) and source.lstrip().startswith("{") else _text(source)
+        if isinstance(source, str) and source.lstrip().startswith("{"):
+            return cls._of_text(source)
+        text = _text(source)
+        try:
+            return cls._of_text(text)
+        except LoadError as error:
+            raise LoadError(f"{source}: {error}") from None
+
+    @classmethod
+    def _of_text(cls, text: str) -> "Validation":
         data = packing.read_json(text)
-        missing = set(SCHEMA["required"]) - set(data) if isinstance(data, dict) else set(SCHEMA["required"])
+        missing = [one for one in SCHEMA["required"] if not isinstance(data, dict) or one not in data]
         if missing or data["what"] != WHAT:
-            raise LoadError(f"this is no {WHAT}: {sorted(missing) or data['what']!r}.")
+            wrong = f"it lacks {', '.join(missing)}" if missing else f"`what` is {data['what']!r}"
+            raise LoadError(f"this is no {WHAT} (as `validate --report` or Validation.save writes it): {wrong}.")
         if data["schema"] != SCHEMA_VERSION:
             raise LoadError(f"the report has schema {data['schema']!r}; this version reads {SCHEMA_VERSION}.")
         try:

@@ -7,6 +7,7 @@ one place and summed over the whole vocabulary:
     JS = (KL(p, m) + KL(q, m)) / 2 with m = (p + q) / 2    nats per token, at most log 2
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, final
@@ -24,7 +25,8 @@ from resid_surgery.models.tracing import forward, resumable
 from resid_surgery.surgery.altering import Altered
 from resid_surgery.surgery.engine import device_of
 
-BATCH_TOKENS = 384
+BATCH_TOKENS = 256
+AT_ONCE = 64
 TOP = 10
 GREEDY: dict[str, Any] = {
     "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0,
@@ -235,16 +237,14 @@ def compared(
     for chosen, ids, at in batches(sequences):
         clean, stream = base.both(ids, at, first) if shared else (base.logits(ids, at), None)
         wanted = [[at.index(p) for p in sequences[i].at] for i in chosen]
-        flat = torch.cat([clean[row, places] for row, places in enumerate(wanted)])
-        p = torch.log_softmax(flat, -1)
-        before = flat.topk(min(TOP, flat.shape[-1]), -1).indices
+        p = _log_probs(clean, wanted)
+        del clean
+        before = p.topk(min(TOP, p.shape[-1]), -1).indices
         sizes = [len(places) for places in wanted]
         follow = torch.tensor([j for i in chosen for j in _follow(sequences[i])])
         for n, other in enumerate(others):
-            changed = _resumed(other, ids, at, stream, first)
-            moved = torch.cat([changed[row, places] for row, places in enumerate(wanted)])
-            q = torch.log_softmax(moved, -1)
-            after = moved.topk(before.shape[1], -1).indices
+            q = _log_probs(_resumed(other, ids, at, stream, first), wanted)
+            after = q.topk(before.shape[1], -1).indices
             columns = (*divergences(p, q, whole=whole), before, after, _nll(p, follow), _nll(q, follow))
             parts = zip(*(torch.split(t, sizes) for t in columns), strict=True)
             found[n] |= {i: Compared(*part) for i, part in zip(chosen, parts, strict=True)}
@@ -257,11 +257,24 @@ def divergences(
     p: Float[Tensor, "n vocab"], q: Float[Tensor, "n vocab"], *, whole: bool = True
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """(KL(p, q), JS(p, q)) of log-probabilities, nats, summed over the vocabulary; JS is NaN unless `whole`."""
+    pairs = [
+        _divergence(a, b, whole=whole) for a, b in zip(torch.split(p, AT_ONCE), torch.split(q, AT_ONCE), strict=True)
+    ]
+    kl, js = (torch.cat(some) for some in zip(*pairs, strict=True))
+    return kl, js
+
+
+def _divergence(p: Tensor, q: Tensor, *, whole: bool) -> tuple[Tensor, Tensor]:
     kl = addends(p, q).sum(-1)
     if not whole:
         return kl, torch.full_like(kl, float("nan"))
-    middle = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0, dtype=p.dtype))
+    middle = torch.logaddexp(p, q) - math.log(2.0)
     return kl, 0.5 * (addends(p, middle).sum(-1) + addends(q, middle).sum(-1))
+
+
+def _log_probs(logits: Tensor, wanted: Sequence[Sequence[int]]) -> Float[Tensor, "n vocab"]:
+    """Log-probabilities of each row's own positions, one row after the other."""
+    return torch.log_softmax(torch.cat([logits[row, list(places)] for row, places in enumerate(wanted)]), -1)
 
 
 def addends(p: Float[Tensor, "*n vocab"], q: Float[Tensor, "*n vocab"]) -> Float[Tensor, "*n vocab"]:

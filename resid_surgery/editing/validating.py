@@ -3,8 +3,7 @@
 0. The weights alone: which tensors and rows changed, by how much, what the changed vectors promote.
 1. Exposure, on the base alone: where in a text does the edited part act at all? Probes are taken from there.
 2. Paired forwards: the same tokens through base and edited model, on every axis, beside a null control, random
-directions
-   and random places.
+   directions and random places.
 3. For several edits: one after the other, with what is left of the earlier ones.
 
 Gates turn this into PASS, FAIL or INCONCLUSIVE by the bounds of intervals, never by means alone.
@@ -45,7 +44,7 @@ from resid_surgery.models.replacing import tensors_of
 from resid_surgery.stream.recording import need_model
 from resid_surgery.surgery.altering import Altered
 
-CONTROL_FACTS, CONTROL_PROBES, CONTROL_BYTES = 8, 6, 200 << 20
+CONTROL_FACTS, CONTROL_PROBES, CONTROL_BYTES = 8, 6, 100 << 20
 PARTS, EXPOSED, PREDICTED_TOKENS = 10, 100, 600
 TINY = 1e-12
 JUDGED = ("efficacy", "paraphrase", "locality", "text", "choice")
@@ -69,7 +68,9 @@ def validate(
         edit: an `Edit`; a list of them (a stream: each is added to those before it); an edited model (opened, a Hugging
             Face module, or the folder or name of a checkpoint), whose difference is taken; or a function of (row,
             position) token ids that gives logits, of which behaviour alone is checked.
-        probes: what to ask. None: what is known of the edit's own rewrites (see `resid_surgery.probes`).
+        probes: what to ask. None: what is known of the edit's own rewrites (see `resid_surgery.probes`). Given ones
+            are asked in their place: `probes(edit.rewrites) + others` asks both. Without efficacy probes (an edit from
+            elsewhere knows no rewrites) only side effects are judged.
         budget: "smoke" (under two minutes for a 135M-parameter model on two cores), "standard" or "full".
         policy: gate -> (warn, fail) limits other than the built-in ones.
         general: add built-in texts, questions and prompts for axes that `probes` has none of.
@@ -163,6 +164,9 @@ def _probes(
     if not general and not len(asked.of(*JUDGED)):
         raise ArgumentError(f"`probes` must hold some of {', '.join(JUDGED)} where `general` is False; got {asked!r}.")
     _need_answerable(model, asked)
+    meant = {p.text for p in asked.of("efficacy", "paraphrase")}  # what one fact is told is no neighbour of another
+    kept = tuple(p for p in asked if p.axis != "locality" or p.text not in meant)
+    asked = ProbeSet(kept, asked.name, asked.rewrites, asked.ignored)
     if not general:
         return asked
     held = {(p.axis, p.stratum == "unrelated") for p in asked}
