@@ -135,7 +135,8 @@ def test_units_are_named():
     assert one(LOW, around(0.001, 0.001), facts="France")["n_unit"] == "prompts of one edit"
     assert one(LOW, around(0.001, 0.001))["n_unit"] == "documents"
     two = one(LOW, around(0.001, 0.001), facts=["a", "b"] * 30)
-    assert (two["n"], two["n_unit"], two["interval"]) == (2, "edits", "bootstrap-t over edits, then rows")
+    assert (two["n"], two["n_unit"]) == (2, "edits")
+    assert two["interval"].startswith("bootstrap-t over edits, then rows")
 
 
 def test_perplexity_is_a_weighted_ratio_and_a_margin_a_ratio_of_sums():

@@ -189,6 +189,26 @@ def test_one_observation_proves_nothing_and_equal_ones_have_no_spread():
     assert spread([0.0, 1.0, 2.0], resamples=100).at(0.999) == (-math.inf, math.inf)  # too few draws for such a tail
 
 
+def test_where_one_unit_carries_all_the_spread_the_bound_is_students_with_one_degree_of_freedom():
+    found = spread([0.0] * 39 + [0.2])
+    assert found.carried == pytest.approx(1.05, abs=0.01)
+    error = 0.2 / 40  # sqrt(40 / 39 * sum d^2) / 40
+    assert found.error == pytest.approx(error, rel=0.02)
+    for confidence in (0.95, 0.99):
+        assert found.at(confidence).high == pytest.approx(0.005 + found.error * stats.t.ppf(0.5 + confidence / 2, 1))
+    assert found.at(0.95).low <= 0.0
+    assert "Student's t of 1.1 units" in found.how
+    mirrored = spread([0.0] * 39 + [-0.2])
+    assert mirrored.at(0.95) == pytest.approx((-found.at(0.95).high, -found.at(0.95).low))
+    noise = spread([0.0] * 38 + [1e-8, 3e-8]).at(0.99)
+    assert noise.high < 1e-6, "what the null control gives is proven harmless"
+
+
+def test_the_fallback_is_not_taken_where_draws_have_a_spread():
+    found = spread(np.random.default_rng(1).lognormal(size=30))
+    assert found.how == "bootstrap-t over documents"
+
+
 def test_a_denominator_that_may_be_zero_leaves_both_sides_open():
     found = spread([1.0, 2.0, 1.5, 1.2], base=[3.0, -2.9, 0.1, 0.2])
     assert found.at(0.95) == (-math.inf, math.inf)

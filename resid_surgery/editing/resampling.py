@@ -7,6 +7,12 @@
 Drawing in two steps counts the spread within an edit twice, and percentiles of few edits are too narrow: dividing each
 draw by its own error takes out both. On lognormal data, as divergences are, percentile and BCa intervals of 20 edits
 cover 91 % where this one covers 94 % of the promised 95 % (tests hold it).
+
+Where few units carry the spread (one text of forty moved at all), draws without them have no spread and no pivot. A
+bound that would rest on such draws is Student's instead, with as many degrees of freedom as units carry the spread,
+less one:
+
+    m = (sum_u d_u^2)^2 / sum_u d_u^4,  d_u = A_u - R B_u
 """
 
 from collections.abc import Sequence
@@ -15,6 +21,7 @@ from typing import Any, final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import stdtrit
 
 from resid_surgery import _check
 from resid_surgery.editing.intervals import Floats, Interval, Rate, between, finite_row, units_of
@@ -30,7 +37,8 @@ class Spread:
 
     Attributes:
         value: the estimate. error: its standard error. units, rows: how many. unit: what they are. pivots:
-            (estimate* - estimate) / error* of every draw, ascending.
+            (estimate* - estimate) / error* of every draw, ascending; infinite where a draw has no spread.
+        carried: m, the number of units that carry the spread. broken: draws whose denominator changed its sign.
     """
 
     value: float
@@ -39,23 +47,36 @@ class Spread:
     rows: int
     unit: str
     pivots: Floats
+    carried: float = 1.0
+    broken: int = 0
 
     @property
     def how(self) -> str:
         """The name of the interval."""
-        return f"bootstrap-t over {self.unit}" + (", then rows" if self.rows > self.units else "")
+        flat = int(np.isinf(self.pivots).sum()) > self.broken
+        student = f", Student's t of {self.carried:.1f} units where they carry the spread" if flat else ""
+        return f"bootstrap-t over {self.unit}" + (", then rows" if self.rows > self.units else "") + student
 
     def at(self, confidence: float) -> Interval:
-        """estimate - error x quantiles of the pivots; without two units, or with too few draws, unbounded."""
+        """estimate - error x quantiles of the pivots; without two units, with too few draws, or where denominators
+        change their sign, unbounded."""
         alpha = 1 - between("confidence", confidence)
         k = int(alpha / 2 * (len(self.pivots) + 1))
         if self.error == 0 and self.units > 1:
             return Interval(self.value, self.value)
         if self.units < 2 or k < 1:
             return Interval(-np.inf, np.inf)
-        return Interval(
-            float(self.value - self.error * self.pivots[-k]), float(self.value - self.error * self.pivots[k - 1])
-        )
+        low, high = -self._reach(-self.pivots[::-1], k, alpha), self._reach(self.pivots, k, alpha)
+        return Interval(float(self.value + low), float(self.value + high))
+
+    def _reach(self, pivots: Floats, k: int, alpha: float) -> float:
+        """How far above the estimate the bound lies; of mirrored pivots, how far below."""
+        pivot = pivots[k - 1]
+        if np.isfinite(pivot) or self.broken >= k:
+            return float(-self.error * pivot)
+        finite = pivots[np.isfinite(pivots)]
+        student = float(stdtrit(max(1.0, self.carried - 1), 1 - alpha / 2))
+        return float(self.error * max(student, -finite[0] if len(finite) else 0.0))
 
 
 def spread(
@@ -95,8 +116,12 @@ def spread(
         error = 0.0
     draw = np.random.default_rng(_check.whole("seed", seed, 0))
     _check.whole("resamples", resamples, 100)
-    pivots = _pivots(top, below, sizes, value, resamples, draw) if len(sizes) > 1 and error else np.empty(0)
-    return Spread(value, error if len(sizes) > 1 else np.inf, len(sizes), len(x), unit, pivots)
+    if len(sizes) < 2 or not error:
+        return Spread(value, error if len(sizes) > 1 else np.inf, len(sizes), len(x), unit, np.empty(0))
+    pivots, broken = _pivots(top, below, sizes, value, resamples, draw)
+    rest = (whole_top - value * whole_below) ** 2
+    carried = float(rest.sum() ** 2 / (rest**2).sum())
+    return Spread(value, error, len(sizes), len(x), unit, pivots, carried, broken)
 
 
 def p_value(found: Rate | Spread, limit: float, *, least: float = 1e-6) -> float:
@@ -142,18 +167,18 @@ def _estimate(top: Floats, below: Floats) -> tuple[Floats, Floats]:
 
 def _pivots(
     top: Floats, below: Floats, sizes: NDArray[np.intp], value: float, resamples: int, draw: np.random.Generator
-) -> Floats:
-    """Studentised draws, ascending, in pieces of bounded memory."""
+) -> tuple[Floats, int]:
+    """(studentised draws, ascending; how many are broken), in pieces of bounded memory."""
     each = max(1, ROWS_AT_ONCE // len(top))
     parts = [
         _studentised(top, below, sizes, value, min(each, resamples - done), draw) for done in range(0, resamples, each)
     ]
-    return np.sort(np.concatenate(parts))
+    return np.sort(np.concatenate([pivots for pivots, _ in parts])), sum(broken for _, broken in parts)
 
 
 def _studentised(
     top: Floats, below: Floats, sizes: NDArray[np.intp], value: float, times: int, draw: np.random.Generator
-) -> Floats:
+) -> tuple[Floats, int]:
     """Draw units, then rows within them; a denominator that changes sign leaves both sides open."""
     drawn = draw.integers(0, len(sizes), times * len(sizes))
     counts = sizes[drawn]
@@ -169,7 +194,7 @@ def _studentised(
     pivots[flat] = np.where(np.abs(away[flat]) > 1e-12 * abs(value), np.copysign(np.inf, away[flat]), 0.0)
     broken = ~np.isfinite(ratio) | (np.sign(b.sum(-1)) != np.sign(below.sum()))
     pivots[broken] = np.where(np.arange(int(broken.sum())) % 2, np.inf, -np.inf)
-    return pivots
+    return pivots, int(broken.sum())
 
 
 def _starts(sizes: NDArray[np.intp]) -> NDArray[np.intp]:
