@@ -39,6 +39,7 @@ def test_the_benchmark_was_pasted_in():
     assert "one nnsight trace each / sweep" in block("bench-surgery")
     assert "exhaustive pass / worst 100" in block("bench-locating")
     assert "verified by cutting 50 edges" in block("bench-sources")
+    assert "a whole MLP zeroed" in block("bench-validating")
 
 
 def test_every_score_stands_in_the_tables():

@@ -164,11 +164,12 @@ def _skeleton(base: OpenedModel, config: Any, folder: Path) -> nn.Module:
     with base.lock:
         empty = copy.deepcopy(base.module, memo=memo)
     try:
-        return inject_adapter_in_model(config, empty, low_cpu_mem_usage=True)
+        injected: nn.Module = inject_adapter_in_model(config, empty, low_cpu_mem_usage=True)
     except ValueError as error:
         raise ArgumentError(
             f"`adapter` must be of {base.name}; PEFT cannot put {folder.name} on it: {error}"
         ) from error
+    return injected
 
 
 def _config(folder: Path) -> Any:
