@@ -4,7 +4,7 @@
 # squares with a previous-key term). Validation asks every fact twice: right after its own edit, and again at the end.
 #
 # **Why INCONCLUSIVE is the expected word for retention.** The gate wants at least .90, with the lower bound of an
-# interval. Twenty successes out of twenty have a Wilson lower bound of .839 at 95 %: they cannot prove .90, however good
+# interval. Twenty successes of twenty have a Wilson lower bound of .839 at 95 %: they cannot prove .90, however good
 # the method is (35 could, and 73 prove .95). As all gates share one error, each is held at more: at 99 %, which the
 # table names, the bound is .751, and 60 edits without a failure would be needed. Only failures can decide this gate
 # here. The verdict is that of all gates: side effects that are proven (the KL gates) make it FAIL.
