@@ -136,7 +136,7 @@ def test_an_edit_that_changes_no_weight_is_refused_with_exit_code_2(cli: Cli, ba
     ("args", "said"),
     [
         (["--budget", "large"], "`budget` must be one of smoke"),
-        (["--junit", "/nowhere/at/all/out.xml"], "must exist, so that the report can be written there"),
+        (["--junit", "/nowhere/at/all/out.xml"], "must be a file in a folder that exists"),
         (["--policy", "CORPUS"], "must be JSON, gate -> [warn, fail]"),
         (["--probes", "nothing.json"], "nothing.json"),
     ],

@@ -415,11 +415,12 @@ def test_an_answer_table_against_a_loop() -> None:
                             == list(one.ids)[one.at[0] + 1 :]
                         )
                         assert row[f"match_{when}"] == match
-                assert (
-                    (row[f"above_{when}"] == (joint["new"] > joint["old"]))
-                    if len(joint) == 2
-                    else (row[f"above_{when}"] is None or pd.isna(row[f"above_{when}"]))
-                )
+                if len(joint) == 2:
+                    assert row[f"above_{when}"] == (joint["new"] > joint["old"])
+                elif p.target is None:
+                    assert row[f"above_{when}"] is None
+                else:
+                    assert row[f"above_{when}"] == row[f"match_{when}"], "the whole target, where no old one is named"
                 start = rs.editing.rewrites.prompt_ids(p.text, model)
                 assert row[f"said_{when}"].startswith(model.tokenizer.decode(greedy(module, start, 2)))
             if p.old is not None:

@@ -215,9 +215,11 @@ def test_what_was_not_measured_is_inconclusive_and_says_why():
     empty = one(LOW, [])
     assert (empty["state"], empty["n"], empty["warns"]) == ("INCONCLUSIVE", 0, True)
     assert "nothing was measured" in empty["why"]
-    broken = one(LOW, [0.1, math.nan, math.inf])
+    broken = one(LOW, [0.1, math.nan, math.nan])
     assert broken["state"] == "INCONCLUSIVE"
     assert "2 of 3 values are not finite" in broken["why"]
+    endless = one(LOW, [0.1, math.nan, math.inf])
+    assert (endless["state"], endless["value"]) == ("FAIL", math.inf)
     lone = one("efficacy / random control", [30.0], facts="France")
     assert (lone["state"], lone["low"], lone["high"]) == ("INCONCLUSIVE", -math.inf, math.inf)
     assert "at least two independent prompts of one edit" in lone["why"]
@@ -276,7 +278,7 @@ def test_policies_are_changed_by_name():
         (lambda: judge([], stream=False), "at least one gate"),
         (lambda: judge([Measured(LOW, rows([1]))] * 2, stream=False), "none twice"),
         (lambda: judge(["kl"], stream=False), "a sequence of Measured"),
-        (lambda: judge([Measured("retention", rows([1]), "rate")], stream=False), "has no limit for a single edit"),
+        (lambda: judge([Measured("retention", rows([1]), "rate")], stream=False), "have a limit for at least one gate"),
         (lambda: judge([Measured(LOW, rows([1]))], stream=False, confidence=1), "between 0 and 1"),
         (lambda: judge([Measured(LOW, rows([1]))], stream=False, resamples=10), "1 gates share an error of 0.05"),
         (lambda: judge([Measured(LOW, rows([1]))], stream=False, policy={}), "a Policy"),

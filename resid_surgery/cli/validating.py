@@ -73,6 +73,8 @@ def edit(
     """
     import resid_surgery as rs
 
+    if new and new[0].isalnum() and prompt[-1:].isalnum() and (new[0] + prompt[-1]).isascii():
+        raise rs.ArgumentError(f"`--new` must begin with a space behind {prompt!r}, as in ' {new}'; got {new!r}.")
     if method not in METHODS:
         raise rs.ArgumentError(f"`--method` must be one of {', '.join(METHODS)}; got {method!r}.")
     if out is not None and (out.suffix != ".safetensors" or not out.parent.is_dir()):
@@ -80,7 +82,7 @@ def edit(
     opened = load(model, dtype, device)
     fitting: dict[str, Any] = {"seed": seed} | ({} if steps is None else {"steps": steps})
     if corpus is not None:
-        fitting["corpus"] = [line for line in corpus.read_text(encoding="utf-8").splitlines() if line.strip()]
+        fitting["corpus"] = _lines(corpus)
     if method in ("rank-one", "least-squares"):
         rewrite = rs.Rewrite(prompt, *_needed(method, subject=subject, new=new), old)
         if method == "rank-one":
@@ -105,6 +107,28 @@ def edit(
     show(made.table, rows, False, heading=repr(made))
     if len(made.fitting):
         show(made.fitting.tail(rows or len(made.fitting)), rows, False, heading="\nfitting", files=files)
+
+
+def _lines(path: Path) -> list[str]:
+    import resid_surgery as rs
+
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise rs.ArgumentError(f"{path} must be text in UTF-8; {error.reason}.") from None
+
+
+def _asked(files: list[Path], format: str | None) -> Any:
+    """Probes of all files; ParaRel's patterns and triples are read together."""
+    import resid_surgery as rs
+
+    pair = [one for one in files if format == "pararel" or ".patterns." in one.name or ".triples." in one.name]
+    sources: list[Any] = [one for one in files if one not in pair] + ([pair] if pair else [])
+    asked: Any = None
+    for source in sources:
+        found = rs.read_probes(source, format=format)
+        asked = found if asked is None else asked + found
+    return asked
 
 
 def _needed(method: str, **given: str | None) -> list[str]:
@@ -173,13 +197,10 @@ def validate(
 
     files = [file for file in (junit, html, markdown, report) if file is not None]
     for file in files:
-        if not file.parent.is_dir():
-            raise rs.ArgumentError(f"the folder of {file} must exist, so that the report can be written there.")
+        if not file.parent.is_dir() or file.is_dir():
+            raise rs.ArgumentError(f"{file} must be a file in a folder that exists, so that the report can be written.")
     limits = None if policy is None else _limits(policy)
-    asked: Any = None
-    for source in probes or []:
-        found = rs.read_probes(source, format=format)
-        asked = found if asked is None else asked + found
+    asked = _asked(probes or [], format)
     opened = load(base, dtype, device)
     change = rs.read_edit(opened, edited)
     done = rs.validate(opened, change, asked, budget=budget, policy=limits, general=general, seed=seed)
@@ -202,6 +223,8 @@ def _show(done: Any, asked: Any, rows: int, files: list[Path]) -> None:
     out.print(repr(done), markup=False)
     for line in asked.ignored if asked is not None else ():
         out.print(f"not used of the probes' file: {line}", markup=False)
+    for line in done.manifest["not_asked"]:
+        out.print(f"not asked: {line}", markup=False)
     columns = ["gate", "state", "warns", "value", "low", "high", "warn", "fail", "unit", "n", "n_unit", "why"]
     shown = {"facts": None, "strata": None, "ripple_rates": None, "controls": None, "stream": None, "curve": None,
              "cost": None}  # fmt: skip
@@ -211,6 +234,12 @@ def _show(done: Any, asked: Any, rows: int, files: list[Path]) -> None:
         if name in done.tables and len(done.tables[name]):
             out.print(f"\n{name}", markup=False)
             view.show(out, done.tables[name], rows=rows or None)
+    if len(done.tables.get("worst", ())):
+        out.print("\nthe worst prompts, and what each model says", markup=False)
+        worst = done.tables["worst"].assign(
+            **{name: done.tables["worst"][name].map(repr) for name in ("text_before", "text_after")}
+        )
+        view.show(out, worst, columns=["rank", "stratum", "prompt", "kl_max", "text_before", "text_after"])
     for file in files:
         out.print(f"wrote {file}", markup=False)
 

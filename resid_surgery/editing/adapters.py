@@ -71,7 +71,7 @@ def _from_folder(base: OpenedModel, folder: Path) -> AdapterParts:
         a, b = (held.pop(f"{PREFIX}{path}.{kind.format(side)}", None) for side in "AB")
         if a is None or b is None:
             raise LoadError(f"{folder.name} must hold the factors of {path}, on which its config puts it; it does not.")
-        factors.append(_factor(path, layer, "default", a, b))
+        factors.append(_factor(path, layer, "default", a.clone(), b.clone()))
     whole: dict[str, Tensor] = {}
     for name, tensor in held.items():
         path = name.removeprefix(PREFIX).replace(".base_layer.", ".")
@@ -95,7 +95,7 @@ def _from_model(base: OpenedModel, adapter: Any) -> AdapterParts:
         for name in (one for one in active if one in getattr(layer, kind[0])):
             a, b = (getattr(layer, side)[name] for side in kind)
             a, b = (one if isinstance(one, Tensor) else one.weight for one in (a, b))
-            factors.append(_factor(path, layer, name, a.detach().cpu(), b.detach().cpu()))
+            factors.append(_factor(path, layer, name, a.detach().cpu().clone(), b.detach().cpu().clone()))
     if not factors:
         raise ArgumentError(f"`adapter` must be active; {type(adapter).__name__} has none of {active} in any layer.")
     return AdapterParts(tuple(factors), dict(_effective(adapter, active)))

@@ -87,9 +87,9 @@ def answer_table(answers: Answers, probes: Sequence[Probe], *, decoded: bool = T
 
     Returns:
         Columns: axis, fact, prompt, new, old, new_log_prob_before, new_log_prob_after, new_change, old_log_prob_before,
-        old_log_prob_after, old_change (nats), above_before, above_after (new more likely than old), match_before,
-        match_after (the whole target, greedily), free (it is what the edited model says), said_before, said_after,
-        first_before, first_after (most likely token).
+        old_log_prob_after, old_change (nats), above_before, above_after (new more likely than old; without an old
+        answer, the same as match), match_before, match_after (the whole target, greedily), free (it is what the edited
+        model says), said_before, said_after, first_before, first_after (most likely token).
     """
     rows: list[dict[str, Any]] = []
     for p in probes:
@@ -174,8 +174,10 @@ def _change(name: str, answers: Answers, prompt: str, answer: str | None) -> dic
 
 
 def _above(held: dict[Asked, Answer], p: Probe) -> bool | None:
-    if p.target is None or p.old is None:
+    if p.target is None:
         return None
+    if p.old is None:  # nothing to stand above: the whole target, greedily
+        return held[p.text, p.target].match
     return held[p.text, p.target].log_prob > held[p.text, p.old].log_prob
 
 

@@ -38,6 +38,7 @@ from resid_surgery.models.opening import OpenedModel
 NEAR = ("same relation", "same subject")
 NULL_PROBES = 4
 GATES = {"edit prepended": "kl: edit prepended", "unrelated": "kl: unrelated text"}
+KL_GATES = ("kl: neighbourhood", *GATES.values())
 
 
 @final
@@ -95,7 +96,7 @@ def ask_null(q: Inquiry) -> None:
     """The base against itself, row by row: how far figures are from 0 where nothing was changed."""
     model, null = q.model, NullSubject(q.model)
     rows = []
-    strata = {gate: [p for p in q.of("locality") if p.stratum in members] for gate, members in _kl_gates().items()}
+    strata = {gate: [p for p in q.of("locality") if _gate_of(p) == gate] for gate in KL_GATES}
     with q.clock.part("null control", 0) as cost:
         for gate, probes in strata.items():
             chosen = spread(probes, NULL_PROBES)
@@ -105,7 +106,7 @@ def ask_null(q: Inquiry) -> None:
             found = compared(q.base.subject, [null], passages, whole=False)[0]
             kl = torch.cat([one.kl for one in found])
             flips = torch.cat([one.flips for one in found]).double().mean()
-            rows.append({"gate": gate, "noise": float(kl.double().mean().abs()), "largest": float(kl.abs().max()),
+            rows.append({"gate": gate, "noise": float(kl.double().abs().mean()), "largest": float(kl.abs().max()),
                          "flips": float(flips), "probes": len(chosen)})  # fmt: skip
             _cost(cost, passages, 2, len(chosen))
         texts = spread(q.of("text"), 2)
@@ -135,7 +136,7 @@ def ask_answers(q: Inquiry) -> None:
     q.gate("efficacy: new above old", _rows(here, "above_after"), "rate")
     if "free" in table:
         q.gate("efficacy: free decoding", _rows(here, "free"), "rate")
-    erased = here[here["new"].isna()]
+    erased = here[here["new"].isna() & here["old"].notna()]
     q.gate("efficacy: old answer dropped", _rows(erased, "old_change"), "mean")
     q.gate("paraphrase: new above old", _rows(again, "above_after"), "rate")
     q.tables["facts"] = _by_fact(table)
@@ -177,8 +178,9 @@ def ask_locality(q: Inquiry) -> None:
     table = locality_table(q.model, probes, found, beside)
     q.tables["locality"] = table
     q.tables["strata"] = _by_stratum(table)
-    for gate, members in _kl_gates().items():
-        part = table[table["stratum"].isin(members)]
+    gates = pd.Series([_gate_of(p) for p in probes], index=table.index)
+    for gate in KL_GATES:
+        part = table[gates == gate]
         q.gate(gate, _rows(part, "kl"), "mean", **_units(part, gate))
     q.gate("top-1 flips: unrelated text", _flips(probes, found), "rate")
     with q.clock.part("worst prompts", q.budget.worst):
@@ -260,9 +262,14 @@ def _mean_kl(probes: Sequence[Probe], found: Sequence[Compared]) -> float:
     return float(torch.cat(kept).double().mean())
 
 
-def _kl_gates() -> dict[str, tuple[str, ...]]:
-    """KL gate -> strata."""
-    return {"kl: neighbourhood": NEAR} | {gate: (stratum,) for stratum, gate in GATES.items()}
+def _gate_of(p: Probe) -> str:
+    """The KL gate that a locality probe counts under; "" for contexts of high, middle and zero exposure.
+
+    One of no stratum is a neighbour: whoever asks it wants it to stay.
+    """
+    if p.stratum in NEAR or (not p.stratum and not p.criterion.endswith("exposure")):
+        return "kl: neighbourhood"
+    return GATES.get(p.stratum, "")
 
 
 def _units(part: pd.DataFrame, gate: str) -> dict[str, Any]:
@@ -274,12 +281,13 @@ def _flips(probes: Sequence[Probe], found: Sequence[Compared]) -> list[tuple[str
     out = []
     for p, one in zip(probes, found, strict=True):
         if p.stratum == "unrelated":
-            out += [("", p.text, float(flip)) for flip in one.flips]
+            out += [("", p.text, float(flip)) for flip in (one.flips if p.target is None else one.flips[:1])]
     return out
 
 
 def _rows(table: pd.DataFrame, column: str) -> list[tuple[str, str, float]]:
-    kept = table[table[column].notna()]
+    """What was asked; None is what was not, while a figure that is no number stays and is judged as such."""
+    kept = table.loc[[i for i, one in table[column].items() if one is not None]]
     return [(str(f), str(p), float(v)) for f, p, v in zip(kept["fact"], kept["prompt"], kept[column], strict=True)]
 
 

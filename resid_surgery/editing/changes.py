@@ -123,7 +123,7 @@ class LowRank(Change):
 
     lead: tuple[int, ...]
     left: Float[Tensor, "a rank"]
-    right: Float[Tensor, "rank b"]
+    right: Float[Tensor, "r b"]
 
     kind = "low_rank"
 
@@ -196,12 +196,25 @@ KINDS: dict[str, type[Change]] = {cls.kind: cls for cls in (Rows, LowRank, Dense
 
 
 def summed(changes: Sequence[Change]) -> tuple[Change, ...]:
-    """One change a tensor: changes of the same tensor added, in the leanest form that holds the sum."""
-    found: dict[tuple[str, ...], Change] = {}
+    """One change a tensor: changes of the same tensor added, in the leanest form that holds the sum.
+
+    Where one change keeps paths tied that another changes alone, the sum unties them.
+    """
+    owners: dict[str, set[tuple[str, ...]]] = {}
     for one in changes:
+        for path in one.paths:
+            owners.setdefault(path, set()).add(one.paths)
+    torn = {paths for several in owners.values() if len(several) > 1 for paths in several}
+    found: dict[tuple[str, ...], Change] = {}
+    for one in (part for whole in changes for part in (_untied(whole) if whole.paths in torn else [whole])):
         before = found.get(one.paths)
         found[one.paths] = one if before is None else _sum(before, one)
     return tuple(found.values())
+
+
+def _untied(change: Change) -> list[Change]:
+    """The same change at each of its paths by itself."""
+    return [replace(change, name=path, tied=()) for path in change.paths]
 
 
 def _sum(a: Change, b: Change) -> Change:

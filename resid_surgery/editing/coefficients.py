@@ -71,6 +71,8 @@ def edit_coefficients(
     settings = {"sites": [str(one) for one in given], "factor": factors if len(set(factors)) > 1 else factors[0],
                 "baked": baked}  # fmt: skip
     if not baked:
+        if set(factors) == {1.0}:
+            raise ArgumentError(_check.message("factor", "other than 1 (which changes nothing)", factor))
         operations = _operations(model, given, factors, positions)
         return new_edit(
             model, (), method="edit_coefficients", settings=settings, interventions=operations, rewrites=rewrites

@@ -1,6 +1,6 @@
 """Controls: what is an edit's figure worth beside that of nothing, of a random direction, of a random place?
 
-null: the base against itself in batches of another size: the noise floor. direction: random changes of the same
+null: the base against itself in products of another size: the noise floor. direction: random changes of the same
 norm at the same places. site: the same change at random other places of the same kind (other neurons of the layer, or
 the same matrix of another layer). Success at random places shows that success says little about the place.
 """
@@ -20,13 +20,13 @@ from resid_surgery.errors import ArgumentError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.replacing import tensors_of, ties_of
 
-COPIES = 5
+COPIES, TAIL = 2, 7
 COLLINEAR = 1e-4  # what rounding to a checkpoint's dtype leaves of a scaling beside its row
 
 
 @final
 class NullSubject:
-    """The base itself, each row in a forward with copies of itself: products of another size round differently."""
+    """The base itself, with tokens behind each row that it cannot see: products of another size round differently."""
 
     first = 0
 
@@ -35,7 +35,9 @@ class NullSubject:
 
     def logits(self, ids: Tensor, at: Sequence[int], stream: Tensor | None = None) -> Tensor:
         """As of any subject."""
-        return torch.cat([self._alone.logits(row.repeat(COPIES, 1), at)[:1] for row in ids])
+        room = (self._alone.model.context or 1 << 30) - ids.shape[1]
+        longer = torch.cat([ids, ids[:, :1].repeat(1, max(0, min(TAIL, room)))], 1)
+        return torch.cat([self._alone.logits(row.repeat(COPIES, 1), at)[:1] for row in longer])
 
     def continued(self, ids: Tensor, tokens: int) -> list[list[int]]:
         """As of any subject."""
@@ -187,6 +189,8 @@ def _twin(path: str, layer: int, model: OpenedModel) -> str:
 
 
 def _shuffled(change: Change, generator: torch.Generator) -> Change:
+    if not change.shape:
+        return change.scaled(-1.0)
     if isinstance(change, LowRank):
         order = torch.randperm(change.right.shape[1], generator=generator)
         return replace(change, right=change.right[:, order])

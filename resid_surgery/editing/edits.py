@@ -21,6 +21,7 @@ from resid_surgery import _check
 from resid_surgery.editing.changes import Change, summed
 from resid_surgery.editing.keeping import is_kept, keep, kept
 from resid_surgery.editing.outside import adapter_factors, between, called, differences, ranks
+from resid_surgery.editing.packing import plain
 from resid_surgery.editing.rewrites import Rewrite
 from resid_surgery.errors import ArgumentError, StaleRecordingError
 from resid_surgery.models.opening import OpenedModel
@@ -118,7 +119,7 @@ class Edit:
     @property
     def inverse(self) -> "Edit":
         """The change the other way. Exact as a value; weights that it is added to come back up to rounding (leaving
-        `applied` is exact)."""
+        `applied` is exact). To add it to weights that hold the edit, apply it with strict=False."""
         return self.scaled(-1.0)
 
     def __add__(self, other: "Edit") -> "Edit":
@@ -275,8 +276,8 @@ def new_edit(
     """
     held = tensors_of(model.module)
     about = {"model": model.name, "fingerprint": model.known_fingerprint(), "dtype": str(model.dtype),
-             "settings": dict(settings or {}), "versions": versions()}  # fmt: skip
-    expects = {change.name: tensor_hash(held[change.name]) for change in changes}
+             "settings": plain(dict(settings or {}), "settings"), "versions": versions()}  # fmt: skip
+    expects = {path: tensor_hash(held[path]) for change in changes for path in change.paths}
     made = Edit(
         tuple(changes), tuple(interventions), method, tuple(rewrites), expects, about,
         pd.DataFrame() if fitting is None else fitting, dict(keys or {}),
@@ -302,6 +303,8 @@ def read_edit(model: OpenedModel, source: Any) -> Edit:
         return Edit.load(path) if is_kept(path) else Edit.from_delta(model, path)
     if (path / "adapter_config.json").is_file():
         return Edit.from_peft(model, path)
+    if path.is_file():
+        raise ArgumentError(_check.message("source", "a .safetensors file or a folder", str(source), model=model.name))
     return Edit.from_models(model, source)
 
 

@@ -224,7 +224,8 @@ def _table(model: OpenedModel, rows: Sequence[Any], exposer: Exposer, context: i
 def _where(model: OpenedModel, one: _Window, position: int, context: int) -> tuple[int, int, str, int, str]:
     """(text, position, token, token id, context) of a position."""
     at = position - one.start
-    shown = one.ids[max(0, at + 1 - context) : at + 1]
+    special = set(getattr(model.tokenizer, "all_special_ids", ()) or ())  # a probe of it gets its own
+    shown = [i for i in one.ids[max(0, at + 1 - context) : at + 1] if i not in special]
     return one.text, position, token_text(one.ids[at], model.tokenizer), one.ids[at], text_of(model, shown)
 
 

@@ -135,7 +135,9 @@ def judge(
     rules, level = Policy() if policy is None else policy, between("confidence", confidence)
     if not isinstance(rules, Policy):
         raise ArgumentError(_check.message("policy", "a Policy", policy))
-    ordered = _ordered(measured)
+    ordered = [one for one in _ordered(measured) if rules.limited(one.gate, stream=stream)]
+    if not ordered:
+        raise ArgumentError("`policy` must have a limit for at least one gate that was measured; it has none.")
     limits = [rules.limits(one.gate, stream=stream) for one in ordered]
     need = ceil(2 * len(ordered) / (1 - level)) - 1
     _check.whole("resamples", resamples, need, do=f"{len(ordered)} gates share an error of {1 - level:.3g}.")
@@ -208,6 +210,8 @@ def _found(one: Measured, stream: bool, resamples: int, seed: int) -> Found:
     x = table["value"].to_numpy(dtype=float, na_value=nan)
     if not len(x):
         return Found(nan, 0, _EXACT_UNIT, lack="nothing was measured: no probe of the set reaches this gate")
+    if (x == (np.inf if gate.direction == AT_MOST else -np.inf)).any():
+        return Found(float(x.max() if gate.direction == AT_MOST else x.min()), len(x), _EXACT_UNIT, how="infinite harm")
     if bad := int((~np.isfinite(x)).sum()):
         return Found(nan, len(x), _EXACT_UNIT, lack=f"{bad} of {len(x)} values are not finite: look at these prompts")
     if one.kind == "exact":

@@ -101,7 +101,8 @@ def _read(path: Any, *, tensors: bool) -> tuple[dict[str, str], dict[str, Tensor
             names = list(file.keys()) if tensors else []
             return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError, ValueError) as error:
-        raise LoadError(f"{path} cannot be read as an edit: {error}.") from error
+        cut = "" if isinstance(error, OSError) else " It is cut off, damaged or no safetensors file."
+        raise LoadError(f"{path} cannot be read as an edit: {error}.{cut}") from error
 
 
 def _fields(body: dict[str, Any], held: dict[str, Tensor]) -> dict[str, Any]:

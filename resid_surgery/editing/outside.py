@@ -254,7 +254,7 @@ def _given_change(name: str, shape: tuple[int, ...], given: Mapping[str, Tensor]
         return lean if isinstance(lean, Rows) else Dense(name, (), shape, delta)
     left, right = factors
     if left is None or right is None or left.ndim != 2 or right.ndim != 2:
-        raise ArgumentError(f"`path` must hold both factors of {name}, {name}.left (out, rank) and .right (rank, in).")
+        raise ArgumentError(f"`path` must hold both factors of {name}, {name}.left (rows, rank) and .right (rank, in).")
     return LowRank(name, (), shape, (), left, right)
 
 

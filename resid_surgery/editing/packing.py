@@ -31,7 +31,9 @@ def plain(value: Any, where: str) -> Any:
         return {key: plain(one, f"{where}.{key}") for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(one, where) for one in value]
-    if isinstance(value, np.generic):
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist(), where)
+    if isinstance(value, np.generic) or getattr(value, "ndim", None) == 0:  # a torch scalar too
         value = value.item()
     if value is None or value is pd.NA or (isinstance(value, float) and value != value):
         return None

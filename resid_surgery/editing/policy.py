@@ -174,6 +174,11 @@ class Policy:
                                 f"Policy().but({{{gate!r}: {{{setting!r}: (warn, fail)}}}}).")  # fmt: skip
         return found
 
+    def limited(self, gate: str, *, stream: bool) -> bool:
+        """Whether a gate has any limit; one that was given (None, None) is not judged."""
+        found = getattr(self, SETTINGS[bool(stream)]).get(gate, Limits(None, None))
+        return bool(found != Limits(None, None))
+
     @property
     def table(self) -> pd.DataFrame:
         """One row a gate: gate, direction, unit, single_warn, single_fail, stream_warn, stream_fail, protocol."""

@@ -37,7 +37,8 @@ class Probe:
 
     Args:
         axis: one of `AXES`. text: the prompt (or the whole text, for "text").
-        fact: name of the rewrite that it belongs to; "" for none.
+        fact: label of the rewrite that it belongs to (its name or filled prompt); "" for none. Efficacy probes of two
+            facts count as two edits.
         stratum: one of `STRATA`, for locality. criterion: of a ripple probe, such as "one hop".
         target: what should be said (leading space included); for locality the answer that must stay.
         old: what was said before the edit, or what must not be said.
@@ -142,12 +143,13 @@ def probe_set(probes: Iterable[Probe], name: str = "") -> ProbeSet:
     found = tuple(probes)
     for one in found:
         if not isinstance(one, Probe):
-            raise PromptError(message("probes", "a sequence of rs.Probe", one))
+            raise PromptError(message("probes", "a sequence of rs.Probe", one, do="Files are read by rs.read_probes."))
     return ProbeSet(found, name)
 
 
-def save_probes(path: Any, probes: ProbeSet) -> Path:
+def save_probes(path: Any, probes: ProbeSet | Iterable[Probe]) -> Path:
     """Write probes as JSON lines, whole or not at all: the first line names the set, each other one is a probe."""
+    probes = probes if isinstance(probes, ProbeSet) else probe_set(probes)
     head = {"schema": SCHEMA, "what": "resid_surgery probes", "name": probes.name, "hash": probes.hash,
             "rewrites": [r.said() for r in probes.rewrites]}  # fmt: skip
     lines = [json.dumps(one, ensure_ascii=False) for one in (head, *(asdict(p) for p in probes))]

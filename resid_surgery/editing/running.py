@@ -266,6 +266,7 @@ def divergences(
 
 def _divergence(p: Tensor, q: Tensor, *, whole: bool) -> tuple[Tensor, Tensor]:
     kl = addends(p, q).sum(-1)
+    kl = torch.where(kl.isnan() & ~p.isnan().any(-1), torch.inf, kl)  # the other model gives no numbers at all
     if not whole:
         return kl, torch.full_like(kl, float("nan"))
     middle = torch.logaddexp(p, q) - math.log(2.0)

@@ -117,5 +117,5 @@ def growth(q: Inquiry, edit: Edit) -> float:
 def _values(table: pd.DataFrame, column: str) -> list[tuple[str, str, float]]:
     if column not in table:
         return []
-    there = table[table[column].notna()]
+    there = table.loc[[i for i, one in table[column].items() if one is not None]]
     return [(str(f), str(p), float(v)) for f, p, v in zip(there["fact"], there["prompt"], there[column], strict=True)]

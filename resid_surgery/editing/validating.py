@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import nn
 
 from resid_surgery import _check
 from resid_surgery._progress import progress as progress_bar
+from resid_surgery.addresses import At
 from resid_surgery.editing.asking import Inquiry, ask_all, divergence_on, effects_on
 from resid_surgery.editing.auditing import audit, cast_survival, overall_cosine
 from resid_surgery.editing.budgets import Budget, Clock, budget_of, spread, thinned
@@ -36,7 +38,7 @@ from resid_surgery.editing.remembering import Remembered
 from resid_surgery.editing.reports import Validation
 from resid_surgery.editing.running import CallableSubject, OperatedSubject, Subject, WeightsSubject, first_block
 from resid_surgery.editing.streams import ask_stream
-from resid_surgery.editing.surroundings import text_passage
+from resid_surgery.editing.surroundings import locality_sequences, text_passage
 from resid_surgery.editing.texts import corpus, general_probes
 from resid_surgery.errors import ArgumentError, PromptError
 from resid_surgery.models.opening import OpenedModel
@@ -90,6 +92,7 @@ def validate(
     whole, function = _taken(model, edit, stream)
     asked = _probes(model, whole, probes, general=general)
     facts = {p.fact for p in asked.of("efficacy") if p.fact}
+    probe_hash = thinned(asked, size).hash  # of what every edit is asked; contexts of high exposure are its own
     with progress_bar("validating", PARTS + len(stream or ()), shown=progress) as step:
         clock = Clock()
         tables: dict[str, pd.DataFrame] = {}
@@ -113,7 +116,9 @@ def validate(
             step("controls")
     gates = judge(q.measured, stream=len(facts) > 1 or stream is not None, policy=limits, seed=seed)
     tables |= q.tables | {"cost": clock.table()}
-    manifest = _manifest(q, whole, asked, limits, seed, function)
+    manifest = _manifest(q, whole, asked, limits, seed, function) | {
+        "probe_hash": probe_hash, "not_asked": [*asked.ignored, *_absent(gates, whole)],
+    }  # fmt: skip
     return Validation(verdict(gates), gates, tables, manifest)
 
 
@@ -146,9 +151,27 @@ def _taken(model: OpenedModel, edit: Any, stream: list[Any] | None) -> tuple[Edi
 
 
 def _changing(model: OpenedModel, edit: Edit) -> Edit:
+    """An edit that changes something, and can be read along with its answers."""
     if edit.empty:
         raise ArgumentError(f"`edit` must change some weight of {model.name}; {edit!r} adds nothing to any.")
+    if any(one.positions != "all" or any(isinstance(s, At) for s in one.sites) for one in edit.interventions):
+        raise ArgumentError(
+            "`edit` must act at positions='all' to be validated: prompts are read together with their answers."
+        )
+    held = tensors_of(model.module)
+    if not edit.interventions and all(torch.equal(new, held[p]) for p, new in edit.new_tensors(model).items()):
+        raise ArgumentError(
+            f"`edit` must change some weight of {model.name}; {edit!r} is lost in rounding to {model.dtype}."
+        )
     return edit
+
+
+def _absent(gates: pd.DataFrame, edit: Edit | None) -> list[str]:
+    """Gates that judged nothing, in words."""
+    wanted = ["kl: neighbourhood", "kl: unrelated text", "perplexity drift", "capability margin"]
+    if edit is None or edit.rewrites:
+        wanted += ["paraphrase: new above old", "kl: edit prepended"]
+    return [f"no gate {name!r}: no probe reaches it" for name in wanted if name not in set(gates["gate"])]
 
 
 def _probes(
@@ -179,6 +202,7 @@ def _need_answerable(model: OpenedModel, asked: ProbeSet) -> None:
     for p in asked.of("efficacy", "paraphrase"):
         if p.target is None and p.old is None:
             raise PromptError(f"`probes` of {p.axis} must name a target, an old answer or both; {p.text!r} has none.")
+    locality_sequences(model, asked.of("locality").probes)  # refuses what is longer than the context
     for p in asked.of("text"):
         if len(text_passage(model, p.text, 2).ids) < 2:
             raise PromptError(f"`probes` of text must have two tokens at least for {model.name}; {p.text!r} has one.")
@@ -231,11 +255,12 @@ def _subject(model: OpenedModel, edit: Edit | None, function: Callable[[Any], An
 
 def _ask_stream(q: Inquiry, edits: Sequence[Edit], step: Callable[..., None]) -> None:
     """Stage 3, on the efficacy probe of each edit's own fact."""
-    by_fact = {p.fact: p for p in reversed(q.probes.of("efficacy").probes)}
-    missing = [one.rewrites[0].label for one in edits if one.rewrites[0].label not in by_fact]
+    by_fact = {(p.fact, p.target): p for p in reversed(q.probes.of("efficacy").probes)}
+    told = [(one.rewrites[0].label, one.rewrites[0].new) for one in edits]
+    missing = [fact for fact, new in told if (fact, new) not in by_fact]
     if missing:
         raise ArgumentError(f"`probes` must hold an efficacy probe of every edit of a stream; {missing[0]!r} has none.")
-    ask_stream(q, edits, [by_fact[one.rewrites[0].label] for one in edits], step)
+    ask_stream(q, edits, [by_fact[one] for one in told], step)
 
 
 def _controls(q: Inquiry, edit: Edit, seed: int) -> None:
@@ -253,6 +278,8 @@ def _controls(q: Inquiry, edit: Edit, seed: int) -> None:
             with ExitStack() as handles:
                 subjects = [
                     WeightsSubject(handles.enter_context(one.applied(q.model)), kind, first_block(q.model, one))
+                    if not one.empty
+                    else q.base.subject  # a scaling of rows that are zero
                     for kind, one in some
                 ]
                 found = [effects_on(q.base, subject, facts) for subject in subjects]
@@ -314,7 +341,7 @@ def _manifest(
         "edit_about": {} if edit is None else dict(edit.about),
         "rewrites": [] if edit is None else [one.said() for one in edit.rewrites],
         "probes": asked.name,
-        "probe_hash": q.probes.hash,
+        "exposed_hash": q.probes.hash,
         "asked": len(q.probes),
         "budget": asdict(q.budget),
         "policy": policy.said,

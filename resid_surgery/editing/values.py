@@ -162,14 +162,19 @@ def fit_delta(objective: Objective, step: Callable[..., None] = lambda *_, **__:
             step(fact)
             if number == how.steps or parts["prob_lowest"] >= how.until:
                 break
-            _need_finite(gradient, objective, fact)
+            _need_usable(gradient, objective, fact, first=number == 0)
             delta.grad = gradient
             adam.step()
-            delta *= min(1.0, how.clamp * objective.size / float(delta.norm()))
+            delta *= min(1.0, how.clamp * objective.size / max(float(delta.norm()), 1e-300))
         return Fit(delta.clone(), pd.DataFrame(rows))
 
 
-def _need_finite(gradient: Tensor, objective: Objective, fact: str) -> None:
+def _need_usable(gradient: Tensor, objective: Objective, fact: str, *, first: bool) -> None:
+    if first and not bool(gradient.any()):
+        raise ArgumentError(
+            f"the value of {fact!r} cannot be fitted at layer {objective.layer} of {objective.model.name}: nothing "
+            "that is written at its subject there reaches the answer. Choose a lower layer."
+        )
     if not bool(gradient.isfinite().all()):
         raise ArgumentError(
             f"the value of {fact!r} cannot be fitted at layer {objective.layer} of {objective.model.name}: its "

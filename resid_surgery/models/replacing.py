@@ -41,8 +41,28 @@ class EditedModel(OpenedModel):
         """Let go of the replaced tensors; every later forward is refused."""
         self._closed = True
         self.cache.clear()
-        self.module = self.base.module
+        self.module = _Closed(self.name)
         self._shadow = None
+
+    def __repr__(self) -> str:
+        return f"EditedModel({self.name}, closed)" if self.__dict__.get("_closed", False) else super().__repr__()
+
+
+@final
+class _Closed(nn.Module):
+    """What is left of an edited model's module: nothing runs, nothing is found in it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, *args: object, **keywords: object) -> None:
+        """Refused."""
+        raise InterventionError(f"`{self.name}` was left: apply the edit again to run it.")
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """Refused."""
+        raise InterventionError(f"`{self.name}` was left: apply the edit again to look into it.")
 
 
 def with_tensors(base: OpenedModel, tensors: Mapping[str, Tensor], name: str) -> EditedModel:
