@@ -211,7 +211,7 @@ def _found(one: Measured, stream: bool, resamples: int, seed: int) -> Found:
     if not len(x):
         return Found(nan, 0, _EXACT_UNIT, lack="nothing was measured: no probe of the set reaches this gate")
     if (x == (np.inf if gate.direction == AT_MOST else -np.inf)).any():
-        return Found(float(x.max() if gate.direction == AT_MOST else x.min()), len(x), _EXACT_UNIT, how="infinite harm")
+        return Found(float(np.inf if gate.direction == AT_MOST else -np.inf), len(x), _EXACT_UNIT, how="infinite harm")
     if bad := int((~np.isfinite(x)).sum()):
         return Found(nan, len(x), _EXACT_UNIT, lack=f"{bad} of {len(x)} values are not finite: look at these prompts")
     if one.kind == "exact":
