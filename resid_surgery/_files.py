@@ -2,24 +2,34 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 
-def write_whole(path: Path, content: bytes) -> Path:
-    """Write beside the target and move into place, so that a half-written file never stands there.
+def whole(path: Path, write: Callable[[Path], object]) -> Path:
+    """Let `write` fill a file beside the target, and move that into place: a half-written one never stands there.
 
     Raises:
         OSError: the folder cannot be written; what stood at `path` is as it was.
     """
-    handle, part = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    part = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(part).chmod(0o644)
+        write(part)
+        part.chmod(0o644)
         os.replace(part, path)
     except BaseException:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
     return path
+
+
+def write_whole(path: Path, content: bytes) -> Path:
+    """`whole`, of bytes."""
+    return whole(path, lambda part: part.write_bytes(content))
+
+
+def utf8(text: str) -> bytes:
+    """Text as bytes; a lone surrogate, as broken tokens have, becomes the escape ``\\udXXX`` (JSON's own)."""
+    return text.encode("utf-8", "backslashreplace")

@@ -11,7 +11,7 @@ ROOT = Path(resid_surgery.__file__).parent
 ORDER = {
     "": ["errors", "_check", "_files", "_html", "_progress", "sites", "addresses"],
     "models": ["zoo", "parts", "experts", "layout", "calls", "ends", "mlps", "wiring", "anatomy", "prompts", "facts",
-               "fingerprint", "checkpoints", "opening", "replacing", "attention", "taps", "envoys", "freezing",
+               "fingerprint", "kept", "checkpoints", "opening", "replacing", "attention", "taps", "envoys", "freezing",
                "tracing", "settling"],
     "stream": ["records", "recording", "elsewhere", "blocks", "kinds", "subvalues", "vocabulary", "tables", "closing",
                "loading", "knowing"],

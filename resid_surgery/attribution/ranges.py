@@ -7,10 +7,8 @@ long, in a file of the cache folder, named after a hash of the weights and of wh
 certificate (see `bounds`) needs it.
 """
 
-import os
-import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -18,13 +16,13 @@ import torch
 import xxhash
 from filelock import FileLock
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from resid_surgery._progress import progress
 from resid_surgery.attribution.states import EVALUATE_BYTES
 from resid_surgery.models.checkpoints import cache_folder
+from resid_surgery.models.kept import read_kept, write_kept
 from resid_surgery.stream.blocks import Block, WeightRows
 from resid_surgery.stream.recording import Recording
 from resid_surgery.stream.vocabulary import Readout
@@ -55,7 +53,7 @@ class Ranges:
         if not missing:
             return
         path = table_file(self.rec)
-        for name, found in _read(path).items():
+        for name, found in read_kept(path).items():
             if name in missing and self._fits(missing[name], found):
                 self.kept[name] = found.to(self.rec.model.device, self.rec.model.work_dtype)
                 del missing[name]
@@ -129,41 +127,13 @@ def _name(rows: WeightRows) -> str:
     return ".".join(map(str, rows.key))
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
-            said = (file.metadata() or {}).get("hash")
-    except (OSError, SafetensorError, ValueError):  # none, or damaged: it is made anew
-        return {}
-    return found if said == _hash(found) else {}
-
-
-def _hash(tables: Mapping[str, Tensor]) -> str:
-    total = xxhash.xxh3_128()
-    for name in sorted(tables):
-        total.update(f"|{name}|{tables[name].dtype}|{tuple(tables[name].shape)}|".encode())
-        total.update(tables[name].contiguous().view(torch.uint8).numpy().data)
-    return total.hexdigest()
-
-
 def _merge(path: Path, fresh: dict[str, Tensor]) -> None:
     """Add to the file, whole or not at all; a cache folder that cannot be written only costs time, and is named."""
     if not fresh:
         return
-    partial = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock", timeout=LOCK_SECONDS):
-            handle, partial = tempfile.mkstemp(prefix=".", suffix=".safetensors", dir=path.parent)
-            os.close(handle)
-            tables = _read(path) | {name: found.contiguous() for name, found in fresh.items()}
-            save_file(tables, partial, {"hash": _hash(tables)})
-            Path(partial).chmod(0o644)
-            os.replace(partial, path)
-            partial = None
+            write_kept(path, read_kept(path) | fresh)
     except (OSError, TimeoutError, SafetensorError) as error:
         warnings.warn(f"the ranges of value vectors are not kept for next time in {path.parent}: {error}", stacklevel=2)
-    finally:
-        if partial is not None:
-            Path(partial).unlink(missing_ok=True)

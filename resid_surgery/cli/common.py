@@ -4,6 +4,7 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,13 +95,7 @@ def tokens(rec: Any) -> str:
 def busy(what: str) -> Any:
     from rich.console import Console
 
-    return Console(stderr=True).status(what) if sys.stderr.isatty() else nothing()
-
-
-def nothing() -> Any:
-    import contextlib
-
-    return contextlib.nullcontext()
+    return Console(stderr=True).status(what) if sys.stderr.isatty() else nullcontext()
 
 
 def show(

@@ -193,7 +193,7 @@ def validate(
     changes no weight.
     """
     import resid_surgery as rs
-    from resid_surgery._files import write_whole
+    from resid_surgery._files import utf8, write_whole
 
     files = [file for file in (junit, html, markdown, report) if file is not None]
     for file in files:
@@ -206,7 +206,7 @@ def validate(
     done = rs.validate(opened, change, asked, budget=budget, policy=limits, general=general, seed=seed)
     for wanted, text in ((junit, done.junit), (markdown, done.markdown), (report, done.to_json)):
         if wanted is not None:
-            write_whole(wanted, text().encode())
+            write_whole(wanted, utf8(text()))
     if html is not None:
         rs.write_report(done, html)
     if as_json:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
@@ -21,6 +20,7 @@ from resid_surgery._files import write_whole
 from resid_surgery.editing.changes import KINDS, Change, Dense, LowRank, Rows
 from resid_surgery.editing.rewrites import Rewrite
 from resid_surgery.errors import ArgumentError, LoadError, ResidSurgeryError
+from resid_surgery.models.kept import tensors_hash
 from resid_surgery.surgery.storing import from_entry, to_entry
 
 SCHEMA = 1
@@ -54,7 +54,7 @@ def keep(path: Any, fields: Mapping[str, Any]) -> Path:
     }
     text = json.dumps(body, ensure_ascii=False, sort_keys=True)
     held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    about = {"what": WHAT, "schema": str(SCHEMA), "edit": text, "hash": _hash(held, text)}
+    about = {"what": WHAT, "schema": str(SCHEMA), "edit": text, "hash": tensors_hash(held, text)}
     try:
         return write_whole(Path(path), tensor_bytes(held or {"nothing": torch.zeros(0)}, about))
     except OSError as error:
@@ -78,7 +78,7 @@ def kept(path: Any) -> dict[str, Any]:
     if said.get("schema") != str(SCHEMA):
         raise LoadError(f"{path} must be an edit of schema {SCHEMA}; got {said.get('schema')!r}.")
     held.pop("nothing", None)
-    if said.get("hash") != _hash(held, said.get("edit", "")):
+    if said.get("hash") != tensors_hash(held, said.get("edit", "")):
         raise LoadError(f"{path} is damaged: its contents are not those that were written.")
     try:
         return _fields(json.loads(said["edit"]), held)
@@ -127,11 +127,3 @@ def _change(i: int, spec: dict[str, Any], held: dict[str, Tensor]) -> Change:
     parts = {Rows: ("index", "delta"), LowRank: ("left", "right"), Dense: ("delta",)}[kind]
     given |= {name: tuple(spec[name]) for name in more} | {name: held[f"change.{i}.{name}"] for name in parts}
     return kind(**given)
-
-
-def _hash(tensors: Mapping[str, Tensor], text: str) -> str:
-    total = xxhash.xxh3_128(text.encode())
-    for name in sorted(tensors):
-        total.update(f"|{name}|{tensors[name].dtype}|{tuple(tensors[name].shape)}|".encode())
-        total.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()

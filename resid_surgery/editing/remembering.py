@@ -6,7 +6,6 @@ model, or of a model that was changed since, is ever believed; each also holds a
 """
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,13 +13,11 @@ from typing import Any, final
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
-from resid_surgery._files import write_whole
 from resid_surgery.editing.running import Figures, Passage, WeightsSubject, figures
 from resid_surgery.models.checkpoints import cache_folder
+from resid_surgery.models.kept import read_kept, write_kept
 from resid_surgery.models.opening import OpenedModel
 
 VERSION = 1
@@ -54,7 +51,7 @@ class Remembered:
             return []
         path = self._path(["figures", *(repr((one.ids, one.at)) for one in sequences)])
         held = self._read(path)
-        if held is not None:
+        if held:
             self.found += len(sequences)
             if step is not None:
                 step(done=len(sequences))
@@ -70,7 +67,7 @@ class Remembered:
         """Greedy continuations of prompts, in order."""
         path = self._path(["continued", str(tokens), *(repr(list(one)) for one in prompts)])
         held = self._read(path)
-        if held is not None:
+        if held:
             self.found += len(prompts)
             return [list(map(int, part)) for part in torch.split(held["tokens"], held["sizes"].tolist())]
         self.asked += len(prompts)
@@ -85,24 +82,14 @@ class Remembered:
             total.update(one.encode())
         return cache_folder() / "figures" / f"{total.hexdigest()}.safetensors"
 
-    def _read(self, path: Path) -> dict[str, Tensor] | None:
-        if not self.keep:
-            return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
-                said = (file.metadata() or {}).get("hash")
-        except (OSError, SafetensorError, ValueError):  # none, or damaged: it is asked anew
-            return None
-        return held if said == _hash(held) else None
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        return read_kept(path) if self.keep else {}
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         if not self.keep:
             return
-        held = {name: t.contiguous() for name, t in tensors.items()}
         try:
-            os.makedirs(path.parent, exist_ok=True)
-            write_whole(path, tensor_bytes(held, {"hash": _hash(held)}))
+            write_kept(path, tensors)
         except OSError as error:
             warnings.warn(f"what the base model says is not kept for next time in {path.parent}: {error}", stacklevel=2)
 
@@ -112,11 +99,3 @@ def _settings(model: OpenedModel) -> str:
     config: Any = getattr(model.module, "config", None)
     said = config.to_dict() if hasattr(config, "to_dict") else {"config": config}
     return json.dumps({k: v for k, v in said.items() if not k.startswith("_")}, sort_keys=True, default=str)
-
-
-def _hash(tensors: Mapping[str, Tensor]) -> str:
-    total = xxhash.xxh3_128()
-    for name in sorted(tensors):
-        total.update(f"|{name}|{tensors[name].dtype}|{tuple(tensors[name].shape)}|".encode())
-        total.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()

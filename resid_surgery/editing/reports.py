@@ -13,7 +13,7 @@ from typing import Any, final
 import pandas as pd
 
 from resid_surgery._check import choice, message
-from resid_surgery._files import write_whole
+from resid_surgery._files import utf8, write_whole
 from resid_surgery._html import cell_text, table_html
 from resid_surgery.editing import packing
 from resid_surgery.editing.gating import COLUMNS, STATES, verdict, worst
@@ -209,8 +209,7 @@ class Validation:
             targets = {place / names[suffix]: form for suffix, form in forms.items()}
         try:
             next(iter(targets)).parent.mkdir(parents=True, exist_ok=True)
-            # a lone surrogate becomes \udXXX, which is its JSON escape
-            return [write_whole(one, form().encode("utf-8", "backslashreplace")) for one, form in targets.items()]
+            return [write_whole(one, utf8(form())) for one, form in targets.items()]
         except OSError as error:
             raise LoadError(f"the report cannot be written to {place}: {error.strerror}.") from None
 

@@ -87,11 +87,6 @@ def compared_where(
     return out
 
 
-def locality_tokens(table: pd.DataFrame, sequences: Sequence[Passage], found: Sequence[Compared]) -> int:
-    """How many positions were compared."""
-    return sum(len(one.kl) for one in found)
-
-
 def worst_prompts(
     base: WeightsSubject, edited: Subject, table: pd.DataFrame, sequences: Sequence[Passage], *, most: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -17,6 +17,7 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
 from resid_surgery._check import message
+from resid_surgery._files import write_whole
 from resid_surgery.addresses import parse_site
 from resid_surgery.errors import ArgumentError, LoadError, ResidSurgeryError
 from resid_surgery.stream.recording import Recording, be_recording
@@ -74,8 +75,8 @@ def save_interventions(path: Any, interventions: Any, *, rec: Recording | None =
         if tensors:
             packed = tensor_bytes(tensors)
             body["tensors"] = {"file": beside.name, "xxh3_128": xxhash.xxh3_128_hexdigest(packed)}
-            _write(beside, packed)
-        _write(target, json.dumps(body, ensure_ascii=False, indent=1).encode())
+            write_whole(beside, packed)
+        write_whole(target, json.dumps(body, ensure_ascii=False, indent=1).encode())
     except OSError as error:
         raise LoadError(f"interventions could not be written to {target}: {error}.") from error
     return target
@@ -172,16 +173,6 @@ def _path(path: Any) -> Path:
     if not isinstance(path, (str, os.PathLike)) or not str(path).endswith(".json"):
         raise ArgumentError(message("path", "the path of a .json file", path))
     return Path(path)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _json(path: Path) -> Any:

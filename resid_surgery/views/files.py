@@ -1,14 +1,14 @@
 """Writing results: CSV tables and a picture, each file whole or not at all."""
 
-import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from resid_surgery._check import message
+from resid_surgery._files import whole
 from resid_surgery.errors import ArgumentError
 from resid_surgery.evidence.operating import Operated
 from resid_surgery.views.plots import plot_grid, plot_stream, pyplot_module
@@ -34,11 +34,11 @@ def write_operated(done: Operated, folder: Path) -> list[Path]:
     """Every table as CSV and the stream's picture; returns the files written."""
     files = []
     for name, table in done.tables().items():
-        files.append(_whole(folder / f"{name}.csv", lambda path, t=table: t.to_csv(path, index=False)))  # type: ignore[misc]
+        files.append(whole(folder / f"{name}.csv", lambda path, t=table: t.to_csv(path, index=False)))  # type: ignore[misc]
     axes = plot_stream(done.stream, marked=done.sites)
     figure = axes.figure
     try:
-        files.append(_whole(folder / "stream.png", lambda path: figure.savefig(path, dpi=150)))  # type: ignore[union-attr]
+        files.append(whole(folder / "stream.png", lambda path: figure.savefig(path, dpi=150)))  # type: ignore[union-attr]
     finally:
         pyplot_module().close(figure)
     return files
@@ -46,11 +46,11 @@ def write_operated(done: Operated, folder: Path) -> list[Path]:
 
 def write_sweep(table: pd.DataFrame, value: str, folder: Path) -> list[Path]:
     """A sweep as CSV, and as a heat map where it has layers; returns the files written."""
-    files = [_whole(folder / "sweep.csv", lambda path: table.to_csv(path, index=False))]
+    files = [whole(folder / "sweep.csv", lambda path: table.to_csv(path, index=False))]
     if "layer" in table and table["layer"].notna().any():
         figure = plot_grid(table, value).figure
         try:
-            files.append(_whole(folder / "sweep.png", lambda path: figure.savefig(path, dpi=150)))  # type: ignore[union-attr]
+            files.append(whole(folder / "sweep.png", lambda path: figure.savefig(path, dpi=150)))  # type: ignore[union-attr]
         finally:
             pyplot_module().close(figure)
     return files
@@ -79,28 +79,14 @@ def save_results(
     for name in (*tables, *figures, *texts):
         if not isinstance(name, str) or not name or Path(name).name != name:
             raise ArgumentError(message("tables, figures, texts", "named as files can be", name))
-    files = [_whole(place / f"{name}.csv", lambda path, t=table: t.to_csv(path, index=False))  # type: ignore[misc]
+    files = [whole(place / f"{name}.csv", lambda path, t=table: t.to_csv(path, index=False))  # type: ignore[misc]
              for name, table in tables.items()]  # fmt: skip
     for name, drawn in figures.items():
         figure = getattr(drawn, "figure", drawn)
         try:
-            files.append(_whole(place / f"{name}.png", lambda path, f=figure: f.savefig(path, dpi=150)))  # type: ignore[misc]
+            files.append(whole(place / f"{name}.png", lambda path, f=figure: f.savefig(path, dpi=150)))  # type: ignore[misc]
         finally:
             pyplot_module().close(figure)
     for name, words in texts.items():
-        files.append(_whole(place / name, lambda path, t=words: path.write_text(t, encoding="utf-8")))  # type: ignore[misc]
+        files.append(whole(place / name, lambda path, t=words: path.write_text(t, encoding="utf-8")))  # type: ignore[misc]
     return files
-
-
-def _whole(path: Path, write: Callable[[Path], object]) -> Path:
-    """Write beside the target and move into place, so that a half-written file never stands there."""
-    handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    try:
-        write(Path(name))
-        Path(name).chmod(0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return path

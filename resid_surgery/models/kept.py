@@ -1,0 +1,44 @@
+"""Kept: tensors in the cache folder with a hash of their contents, so that a damaged file is never believed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as tensor_bytes
+from torch import Tensor
+
+from resid_surgery._files import write_whole
+
+
+def tensors_hash(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """128-bit hash of a text and of named tensors: names, dtypes, shapes and bytes, in the order of names."""
+    total = xxhash.xxh3_128(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        total.update(f"|{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def read_kept(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that `write_kept` wrote; {} where there is none, or it is damaged: they are made anew."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+            said = (file.metadata() or {}).get("hash")
+    except (OSError, SafetensorError, ValueError):
+        return {}
+    return found if said == tensors_hash(found) else {}
+
+
+def write_kept(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors with their hash, whole or not at all, making the folder if need be.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_whole(path, tensor_bytes(held, {"hash": tensors_hash(held)}))
