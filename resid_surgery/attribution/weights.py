@@ -315,7 +315,8 @@ def _jacobians(
                 picked = torch.zeros(n, heads * width, device=leaf.device, dtype=leaf.dtype)
                 picked[range(len(wanted)), wanted] = 1
                 made = getattr(call, name)
-                rows = torch.autograd.grad(made, leaf, picked.view(n, heads, 1, width), retain_graph=True)[0]
+                wanted_of = picked.view(n, heads, 1, width).to(made.device)
+                rows = torch.autograd.grad(made, leaf, wanted_of, retain_graph=True)[0]
             found[name].append(rows[: len(wanted), 0])
     stacked = {name: torch.cat(rows).view(*shapes[name], -1) for name, rows in found.items()}
     return {name: rows.transpose(1, 2).contiguous() for name, rows in stacked.items()}

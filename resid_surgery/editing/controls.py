@@ -161,14 +161,14 @@ def _rescaled(there: Change, here: Change, held: Mapping[str, Tensor]) -> Change
     if factors is None:
         return there
     front = held[there.name].detach().double().movedim(there.axes, tuple(range(len(there.axes))))
-    rows = front[tuple(there.index.T)]
+    rows = front[tuple(there.index.T.to(front.device))].cpu()
     return replace(there, delta=rows * factors.view(-1, *[1] * (rows.ndim - 1)))
 
 
 def _factors(here: Rows, old: Tensor) -> Tensor | None:
     """(slice,) factor - 1 of each slice where the change is a scaling of what stands there, else None."""
     front = old.detach().double().movedim(here.axes, tuple(range(len(here.axes))))
-    rows = front[tuple(here.index.T)].reshape(len(here.index), -1)
+    rows = front[tuple(here.index.T.to(front.device))].cpu().reshape(len(here.index), -1)
     delta = here.delta.double().reshape(len(here.index), -1)
     factors = (delta * rows).sum(-1) / rows.square().sum(-1).clamp_min(1e-300)
     left = delta - factors[:, None] * rows

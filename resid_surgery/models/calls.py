@@ -124,7 +124,7 @@ def flatten(value: Tensor | None) -> Tensor | None:
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two tensors are one and the same numbers."""
-    return a is not None and b is not None and a.shape == b.shape and torch.equal(a, b)
+    return a is not None and b is not None and a.shape == b.shape and torch.equal(a, b.to(a.device))
 
 
 def misfit(a: Tensor, b: Tensor, *largest: Tensor) -> float:
@@ -132,7 +132,7 @@ def misfit(a: Tensor, b: Tensor, *largest: Tensor) -> float:
     if a.shape != b.shape:
         return float("inf")
     size = max(1e-30, *(float(t.double().abs().max()) for t in (a, b, *largest) if t.numel()))
-    return float((a.double() - b.double()).abs().max()) / size
+    return float((a.double() - b.double().to(a.device)).abs().max()) / size
 
 
 def close(a: Tensor, b: Tensor, tolerance: float, *largest: Tensor) -> bool:

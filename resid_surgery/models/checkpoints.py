@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,31 +34,44 @@ def cache_folder() -> Path:
     return Path(os.environ.get("RESID_SURGERY_CACHE") or platformdirs.user_cache_dir("resid_surgery"))
 
 
-def read_checkpoint(source: str | Path, dtype: torch.dtype | None, remote: bool) -> tuple[nn.Module, Any, str, str]:
+def read_checkpoint(
+    source: str | Path, dtype: torch.dtype | None, remote: bool, spread: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, Any, str, str]:
     """(module, tokenizer, name, note) of an alias, file, folder or hub id.
+
+    Args:
+        source: which. dtype: of the weights, or None for its own. remote: run code of its own.
+        spread: how from_pretrained lays it over devices (device_map, max_memory), or nothing.
 
     Raises:
         LoadError: not found, damaged, pickle-only, incomplete, or not a causal language model.
     """
-    text = str(source)
+    text, spread = str(source), dict(spread or {})
     if text == EMBEDDED:
-        folder = _embedded_folder()
-        return *_read_folder(folder, EMBEDDED_NAME, dtype or torch.float32, remote), EMBEDDED_NAME, EMBEDDED_NOTE
+        read = _read_folder(_embedded_folder(), EMBEDDED_NAME, dtype or torch.float32, remote, spread)
+        return *read, EMBEDDED_NAME, EMBEDDED_NOTE
     path = Path(text).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
             raise LoadError(f"{path} is a file but no .gguf checkpoint; pass its folder instead.")
+        if spread:
+            raise LoadError(
+                f"{path} is a GGUF file, which is de-quantised on one device, so device_map does not apply to it. "
+                "Load it once, write it with model.module.save_pretrained(folder), and load that folder."
+            )
         module, tokenizer = _read_gguf(path, dtype or torch.float32)
         return module, tokenizer, path.stem, f"de-quantised from {path.name}"
     if path.is_dir():
         _check_folder(path)
-        return *_read_folder(path, path.name, dtype, remote), path.name, ""
+        return *_read_folder(path, path.name, dtype, remote, spread), path.name, ""
     if text.endswith(".gguf") or text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise LoadError(f"{text} does not exist.")
-    return *_read_folder(text, text, dtype, remote), text, ""
+    return *_read_folder(text, text, dtype, remote, spread), text, ""
 
 
-def _read_folder(where: str | Path, name: str, dtype: torch.dtype | None, remote: bool) -> tuple[nn.Module, Any]:
+def _read_folder(
+    where: str | Path, name: str, dtype: torch.dtype | None, remote: bool, spread: dict[str, Any]
+) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -69,6 +82,7 @@ def _read_folder(where: str | Path, name: str, dtype: torch.dtype | None, remote
                 use_safetensors=True,
                 trust_remote_code=remote,
                 output_loading_info=True,
+                **spread,
             )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise LoadError(_why(name, error)) from error

@@ -115,5 +115,7 @@ def solve(total: Tensor, terms: Sequence[Tensor]) -> list[float]:
 
 
 def weighted_sum(factors: Sequence[Tensor | float], terms: Sequence[Tensor]) -> Tensor:
-    """sum_i factors_i * terms_i in float64."""
-    return torch.stack([term.double() * factor for factor, term in zip(factors, terms, strict=True)]).sum(0)
+    """sum_i factors_i * terms_i in float64, where the last term lies."""
+    at = terms[-1].device
+    pairs = [(f.to(at) if isinstance(f, Tensor) else f, t.double().to(at)) for f, t in zip(factors, terms, strict=True)]
+    return torch.stack([term * factor for factor, term in pairs]).sum(0)

@@ -5,6 +5,8 @@ weights). What expert e writes for one token is weight * (coefficient @ down[e] 
 coefficient = activation(gate, up) as the module itself computes it.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -70,7 +72,7 @@ class Experts:
         """What one expert's keys write for x."""
         out = []
         for key in self.keys(expert):
-            made = x @ key.rows.to(x.dtype)
+            made = x.to(key.rows.device) @ key.rows.to(x.dtype)
             out.append(made if key.bias is None else made + key.bias.to(x.dtype))
         return tuple(out)
 

@@ -19,13 +19,14 @@ class Weights:
 
     Attributes:
         token: what the quick look saw when the fingerprint was last taken for a recording.
+        first: the first full fingerprint that was taken, as of loading.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._root = module
         self._modules: list[nn.Module] = []
         self._children: list[list[int]] = []
-        self._fingerprint = ""
+        self._fingerprint = self.first = ""
         self.token: tuple[Any, ...] | None = None
         self._samples: tuple[tuple[int, ...], list[list[tuple[Tensor, Tensor]]]] | None = None
 
@@ -60,6 +61,7 @@ class Weights:
             total.update(f"|{tensor.dtype}|{tuple(tensor.shape)}".encode())
             _feed(total, tensor)
         self._fingerprint = total.hexdigest()
+        self.first = self.first or self._fingerprint
         return self._fingerprint
 
     def known_fingerprint(self) -> str:
@@ -105,4 +107,4 @@ def _feed(total: Any, tensor: Tensor) -> None:
         total.update(t.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     elif t.numel():
         for dim in range(max(t.ndim, 1)):
-            total.update(torch.hash_tensor(t, dim=dim).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            total.update(torch.hash_tensor(t, dim=dim).cpu().reshape(-1).view(torch.uint8).numpy().tobytes())

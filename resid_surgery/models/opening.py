@@ -7,6 +7,7 @@ user's current weights, while its mode, hooks and configuration are its own.
 
 import copy
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from resid_surgery._check import choice, message
-from resid_surgery.errors import ArgumentError, LoadError, UnsupportedModelError
+from resid_surgery.errors import ArgumentError, UnsupportedModelError
 from resid_surgery.models.anatomy import Anatomy, dissect
 from resid_surgery.models.checkpoints import read_checkpoint
+from resid_surgery.models.devices import (
+    need_accelerate,
+    one_device,
+    require_present,
+    require_whole_blocks,
+    spread_over,
+    unwrap_moves,
+)
 from resid_surgery.models.experts import Experts, experts_of
 from resid_surgery.models.fingerprint import Weights
 from resid_surgery.models.layout import BlockLayout, Layout, split_key
@@ -34,10 +43,14 @@ _DTYPES = {
 class OpenedModel:
     """A causal language model on the table: its module untouched, its parts addressable.
 
+    Its parts may lie on several devices. Each is read where it lies, a recording keeps tensors where they were
+    read, and whatever is combined goes through `work` to the device of the readout.
+
     Attributes:
         module: the user's own module, never changed. tokenizer: its tokenizer or None.
         anatomy: sizes, block kind, norms and flags. name, note: what it is called; how it came.
-        shadow: the module that forwards run on, sharing the user's tensors.
+        shadow: the module that forwards run on, sharing the user's tensors. origin: arguments of `load` that open it
+        anew in another process, without `device`; None for what exists only in memory.
         lock: held during a forward; two threads never mix in one model.
     """
 
@@ -54,6 +67,7 @@ class OpenedModel:
         self.tokenizer = tokenizer
         self.name = name
         self.note = note
+        self.origin: Mapping[str, Any] | None = None
         self.lock = threading.RLock()
         self.cache: dict[str, Any] = {}
         self.weights = Weights(module)
@@ -78,7 +92,7 @@ class OpenedModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the unembedding, in which logits are computed."""
+        """The dtype of the unembedding, in which logits are computed; other parts may have others."""
         return self.part(None, "unembed").weight.dtype  # type: ignore[return-value]
 
     @property
@@ -88,7 +102,7 @@ class OpenedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the unembedding, and so the readout, lies."""
+        """Where the unembedding, and so the readout, lies; other parts may lie elsewhere."""
         return self.part(None, "unembed").weight.device  # type: ignore[return-value]
 
     def work(self, tensor: Tensor) -> Tensor:
@@ -241,6 +255,8 @@ def open_model(
     tokenizer: Any = None,
     dtype: Any = None,
     device: Any = None,
+    device_map: Any = None,
+    max_memory: Any = None,
     trust_remote_code: bool = False,
     layout: Layout | None = None,
 ) -> OpenedModel:
@@ -251,7 +267,8 @@ def open_model(
         UnsupportedModelError: the architecture is refused.
         ArgumentError: an argument has the wrong type.
     """
-    wanted, place = _dtype(dtype), None if device is None else _device(device)
+    wanted, place = _dtype(dtype), None if device is None else one_device(device)
+    spread = spread_over(device_map, max_memory, device)
     if not isinstance(trust_remote_code, bool):
         raise ArgumentError(message("trust_remote_code", "True or False", trust_remote_code))
     if tokenizer is not None and not all(callable(getattr(tokenizer, verb, None)) for verb in ("encode", "decode")):
@@ -259,19 +276,21 @@ def open_model(
     if layout is not None and not isinstance(layout, Layout):
         raise ArgumentError(message("anatomy", "a resid_surgery.Layout", layout))
     if isinstance(source, nn.Module):
-        return _from_module(source, tokenizer, wanted, device, layout)
+        return _from_module(source, tokenizer, wanted, device, layout, device_map)
     if not isinstance(source, (str, Path)) or not str(source).strip() or source == Path():
         raise ArgumentError(
             message("model", "an alias, hub id, folder, .gguf file, Hugging Face model or nnsight model", source)
         )
-    module, own_tokenizer, name, note = read_checkpoint(source, wanted, trust_remote_code)
+    if spread:
+        need_accelerate()
+    module, own_tokenizer, name, note = read_checkpoint(source, wanted, trust_remote_code, spread)
     if place is not None:
         module = module.to(place)
     return OpenedModel(module.eval(), tokenizer if tokenizer is not None else own_tokenizer, name, note, layout)
 
 
 def _from_module(
-    module: nn.Module, tokenizer: Any, dtype: torch.dtype | None, device: Any, layout: Layout | None
+    module: nn.Module, tokenizer: Any, dtype: torch.dtype | None, device: Any, layout: Layout | None, spread: Any = None
 ) -> OpenedModel:
     config = getattr(module, "config", None)
     if config is None or not callable(getattr(module, "get_input_embeddings", None)):
@@ -279,20 +298,21 @@ def _from_module(
             f"{type(module).__name__} is not a Hugging Face causal language model (it has no config); "
             "pass one, or the name of a checkpoint."
         )
-    if dtype is not None or device is not None:
+    if dtype is not None or device is not None or spread is not None:
+        names = "`dtype` and `device`" if spread is None else "`device_map`"
+        how = "convert it before loading (model.to(...))" if spread is None else "use accelerate.dispatch_model first,"
         raise ArgumentError(
-            "`dtype` and `device` must be left out for a model object, which is never changed; convert it before "
-            "loading (model.to(...)) or pass its folder or name."
+            f"{names} must be left out for a model object, which is never changed; {how} or pass its folder or name."
         )
-    if any(p.is_meta for p in module.parameters()):
-        raise LoadError(f"{type(module).__name__} has parameters on the meta device: its weights are not loaded.")
     given = str(getattr(config, "_name_or_path", "") or "")
     name = Path(given).name if given else type(module).__name__
     return OpenedModel(module, tokenizer, name, "", layout)
 
 
 def _require_readable(module: nn.Module, name: str) -> None:
-    """Refuse, before any forward, what is no decoder of plain numbers."""
+    """Refuse, before any forward, what is no decoder of plain numbers that can be read where it lies."""
+    require_present(module, name)
+    require_whole_blocks(module, name)
     for path, tensor in (*module.named_parameters(), *((p, b) for p, b in module.named_buffers() if "qweight" in p)):
         require_plain(tensor, f"{path} of {name}")
     config = getattr(module, "config", None)
@@ -306,6 +326,9 @@ def _require_readable(module: nn.Module, name: str) -> None:
 
 def _copied(module: nn.Module, tensors: dict[int, Any], name: str, originals: list[Tensor]) -> nn.Module:
     """A structural copy of a module tree, in evaluation mode, on given tensors."""
+    for one in module.modules():  # what accelerate keeps of tied tensors, by address: no second copy of it
+        kept = getattr(getattr(one, "_hf_hook", None), "tied_params_map", None)
+        tensors |= {} if kept is None else {id(kept): kept}
     try:
         copied = copy.deepcopy(module, memo=tensors).eval()
     except (TypeError, AttributeError) as error:
@@ -313,6 +336,7 @@ def _copied(module: nn.Module, tensors: dict[int, Any], name: str, originals: li
             f"{name} cannot be copied ({error}): a hook or an attribute of it holds something like a "
             "lock or an open file. Remove it, and add it again afterwards."
         ) from error
+    unwrap_moves(copied)
     _settle_experts(copied, originals)
     return copied
 
@@ -333,18 +357,3 @@ def _dtype(given: Any) -> torch.dtype | None:
             raise ArgumentError(message("dtype", "one of " + ", ".join(_DTYPES), given))
         return given
     return _DTYPES[choice("dtype", given, tuple(_DTYPES))]
-
-
-def _device(given: Any) -> torch.device:
-    try:
-        device = torch.device(given)
-    except (RuntimeError, TypeError):
-        raise ArgumentError(message("device", "a torch device such as 'cpu' or 'cuda'", given)) from None
-    try:
-        if device.type == "meta":
-            raise RuntimeError("meta tensors hold no weights")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-        raise ArgumentError(message("device", "a device of this machine", given, do=f"torch says: {why}.")) from None
-    return device

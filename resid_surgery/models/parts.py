@@ -1,5 +1,7 @@
 """Parts of a model as tensors: norms, found by measuring them, and projections as rows."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -31,12 +33,12 @@ class Norm:
     present: bool = True
 
     @classmethod
-    def absent(cls, d: int, dtype: torch.dtype, device: torch.device) -> "Norm":
+    def absent(cls, d: int, dtype: torch.dtype, device: torch.device) -> Norm:
         """No norm at all: N(v) = v."""
         one = torch.ones(d, dtype=dtype, device=device)
         return cls(one, torch.zeros_like(one), 0.0, centred=False, present=False)
 
-    def times(self, factor: float) -> "Norm":
+    def times(self, factor: float) -> Norm:
         """The same norm with its output multiplied."""
         return self if factor == 1.0 else replace(self, gain=self.gain * factor, bias=self.bias * factor)
 
@@ -74,11 +76,12 @@ class NormForm:
     eps: float
 
     def read(self, module: nn.Module, d: int, dtype: torch.dtype, device: torch.device | None = None) -> Norm:
-        """The module's current weights as a `Norm` in `dtype`; `device` is for norms without weights."""
+        """The module's current weights as a `Norm` in `dtype` on `device`, or where they lie."""
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        device = next((t.device for t in (weight, bias) if t is not None), device)
-        gain = torch.ones(d, dtype=dtype, device=device) if weight is None else weight.detach().to(dtype) + self.offset
-        beta = torch.zeros_like(gain) if bias is None else bias.detach().to(dtype)
+        device = device or next((t.device for t in (weight, bias) if t is not None), None)
+        one = torch.ones(d, dtype=dtype, device=device)
+        gain = one if weight is None else weight.detach().to(device, dtype) + self.offset
+        beta = torch.zeros_like(gain) if bias is None else bias.detach().to(device, dtype)
         return Norm(gain, beta, self.eps, self.centred)
 
 
@@ -140,7 +143,7 @@ class LinearMap:
     rows: Float[Tensor, "d_in d_out"]
     bias: Float[Tensor, " d_out"] | None
 
-    def half(self, which: int | None) -> "LinearMap":
+    def half(self, which: int | None) -> LinearMap:
         """The first (0) or second (1) half of what it writes; None for all."""
         if which is None:
             return self

@@ -122,8 +122,9 @@ def closures(rec: Recording, values: Values) -> Iterator[Closure]:
     bs = rows.sum(0) + (0 if readout.constants is None else readout.constants)
     yield Closure("4", "sum of all rows' bs-values = logits before a soft-cap", None,
                   relative(bs, rec.bs_values, rows), loose)  # fmt: skip
+    capped = readout.cap(rec.work(rec.bs_values))
     yield Closure("4", "soft-cap of the bs-values = the model's logits", None,
-                  relative(readout.cap(rec.work(rec.bs_values)), rec.logits, rec.bs_values), loose)  # fmt: skip
+                  relative(capped, rec.work(rec.logits), rec.bs_values), loose)  # fmt: skip
 
 
 def prove(model: OpenedModel) -> list[Closure]:
