@@ -20,14 +20,7 @@ from torch import Tensor
 from resid_surgery import _check
 from resid_surgery._progress import progress as progress_bar
 from resid_surgery.attribution.catalogue import Score, check_scores
-from resid_surgery.attribution.queries import (
-    Query,
-    bound_prompts,
-    need_candidates,
-    need_competitors,
-    numbered,
-    versus_of,
-)
+from resid_surgery.attribution.queries import Query, need_candidates, need_competitors, versus_of
 from resid_surgery.attribution.scores import LONG
 from resid_surgery.attribution.scoring import Increase, Rank, Scorer, Streamed, scorer
 from resid_surgery.attribution.searching import Search
@@ -35,8 +28,10 @@ from resid_surgery.attribution.streaming import stream
 from resid_surgery.errors import ArgumentError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import BoundPrompt, Prompt
+from resid_surgery.models.remoting import Where, need_place
 from resid_surgery.sites import Site
 from resid_surgery.stream.blocks import Numbering
+from resid_surgery.stream.grouping import bound_prompts, numbered
 from resid_surgery.stream.recording import Recording, need_model, need_recording, record
 from resid_surgery.stream.subvalues import KINDS
 from resid_surgery.stream.tables import bs_columns
@@ -134,6 +129,7 @@ def locate_each(
     layers: Any = None,
     versus: Any = None,
     progress: bool | None = None,
+    remote: Where = None,
 ) -> Iterator[Located]:
     """`locate` on prompt after prompt, as they come: one recording at a time is held, whatever their number.
 
@@ -141,7 +137,8 @@ def locate_each(
 
     Args:
         model: from `resid_surgery.load`. prompts: any number of them. progress: a bar on stderr; None shows it
-            on a terminal. The rest: as in `locate`.
+            on a terminal. remote: where prompts are recorded, as for `resid_surgery.record`; scores are computed
+            here. The rest: as in `locate`.
 
     Yields:
         `Located`, one a prompt, in order.
@@ -160,7 +157,8 @@ def locate_each(
         with numbered(number):
             need_competitors(model, [wanted], versus_of(model, one, versus))
             need_candidates(model, one, kind, picked, k)
-    return _each(model, bound, k, kind, wanted, worst, norm, picked, versus, progress)
+    place = need_place(model, remote)
+    return _each(model, bound, k, kind, wanted, worst, norm, picked, versus, progress, place)
 
 
 def _each(
@@ -174,11 +172,12 @@ def _each(
     layers: Any,
     versus: Any,
     progress: bool | None,
+    remote: Where,
 ) -> Iterator[Located]:
     targets = [one.target for one in bound]  # their ranks are counted in one pass
     with progress_bar("locating", len(bound), shown=progress if progress is not None else len(bound) > 1) as step:
         for one in bound:
-            rec = record(model, one.source)
+            rec = record(model, one.source, remote=remote)
             query = Query.of(rec, kind, norm, layers, versus, targets)
             _check.whole("k", k, 1, query.count, model=model.name)
             found = _located(scorer(query, wanted), k, worst=worst, shown=progress)

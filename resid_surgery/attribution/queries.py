@@ -1,15 +1,14 @@
 """Queries: which candidates of which recording are scored, against which competitors."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, final
 
 from resid_surgery import _check
 from resid_surgery.attribution.catalogue import Score
-from resid_surgery.errors import ArgumentError, ResidSurgeryError, SiteError
+from resid_surgery.errors import ArgumentError, SiteError
 from resid_surgery.models.opening import OpenedModel
-from resid_surgery.models.prompts import BoundPrompt, Prompt, bind, token_id
+from resid_surgery.models.prompts import BoundPrompt, token_id
 from resid_surgery.stream.blocks import Block
 from resid_surgery.stream.kinds import Where
 from resid_surgery.stream.recording import Recording, be_recording
@@ -108,28 +107,6 @@ def need_candidates(
 def _refuse_nothing(model: OpenedModel, kind: str, layers: Sequence[int]) -> NoReturn:
     model.anatomy.require(layers[0], "mlp" if kind == "neuron" else "attn", kind)
     raise SiteError(f"`layers` {list(layers)} of {model.name} have nothing of kind '{kind}'.")
-
-
-def bound_prompts(model: OpenedModel, prompts: Any) -> list[BoundPrompt]:
-    """Every prompt, bound; what is wrong with one is said with its number."""
-    if isinstance(prompts, (Prompt, str, bytes)) or not isinstance(prompts, Iterable):
-        raise ArgumentError(_check.message("prompts", "a sequence of prompts", prompts))
-    bound = []
-    for number, one in enumerate(prompts):
-        with numbered(number):
-            bound.append(bind(one, model.tokenizer, model))
-    if not bound:
-        raise ArgumentError(_check.message("prompts", "at least one prompt", bound))
-    return bound
-
-
-@contextmanager
-def numbered(number: int) -> Iterator[None]:
-    """Says which of many prompts an error is about."""
-    try:
-        yield
-    except ResidSurgeryError as error:
-        raise type(error)(f"prompt {number}: {error}") from error
 
 
 def versus_of(model: OpenedModel, prompt: BoundPrompt, given: Any) -> tuple[int, ...]:

@@ -25,11 +25,12 @@ from resid_surgery.attribution.aims import aim_of, need_readout
 from resid_surgery.attribution.asking import NEURONS, asks_of
 from resid_surgery.attribution.locating import locate
 from resid_surgery.attribution.mlp_readers import NeuronReader, worth_of
-from resid_surgery.attribution.queries import bound_prompts, need_candidates, numbered
+from resid_surgery.attribution.queries import need_candidates
 from resid_surgery.attribution.shares import Writers, seen_by
 from resid_surgery.errors import SiteError
 from resid_surgery.sites import Site
 from resid_surgery.stream.elsewhere import Elsewhere
+from resid_surgery.stream.grouping import bound_prompts, numbered
 from resid_surgery.stream.kinds import neuron_place
 from resid_surgery.stream.recording import Recording, be_recording, need_model, need_recording, record_bound
 from resid_surgery.stream.subvalues import need_group

@@ -15,14 +15,16 @@ from resid_surgery import _check
 from resid_surgery._progress import progress as progress_bar
 from resid_surgery.attribution.catalogue import Score, check_scores
 from resid_surgery.attribution.locating import pick
-from resid_surgery.attribution.queries import CONTRASTS, Query, bound_prompts, need_candidates, numbered
+from resid_surgery.attribution.queries import CONTRASTS, Query, need_candidates
 from resid_surgery.attribution.scoring import scorer
 from resid_surgery.attribution.states import States
 from resid_surgery.errors import ArgumentError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import BoundPrompt, Prompt
+from resid_surgery.models.remoting import Where, remotely
 from resid_surgery.sites import Site
 from resid_surgery.stream.blocks import Numbering, sum_of
+from resid_surgery.stream.grouping import bound_prompts, numbered
 from resid_surgery.stream.recording import Recording, need_model, record
 from resid_surgery.stream.subvalues import KINDS
 from resid_surgery.surgery.interventions import Zero
@@ -33,6 +35,7 @@ WRITERS = {"neuron": ("mlp",), "layer": ("attn", "mlp")}
 RANDOM, EVERYTHING, NOTHING = "random", "everything", "nothing"
 
 
+@remotely
 def addition_test(
     model: OpenedModel,
     prompts: Iterable[Prompt],
@@ -43,6 +46,7 @@ def addition_test(
     norm: str = "frozen",
     seed: int = 0,
     progress: bool | None = None,
+    remote: Where = None,
 ) -> pd.DataFrame:
     """Add the k subvalues that a score likes best to their layer's state: by how much does p(w) rise (v1, Table 1)?
 
@@ -54,6 +58,7 @@ def addition_test(
         scores: names, or "all" that the norm and every prompt allow. k: how many a layer.
         norm: that the probability is read with, "frozen" or "own". seed: of the control.
         progress: a bar on stderr; None shows it on a terminal.
+        remote: where traces run, as for `resid_surgery.intervene`.
 
     Returns:
         One row per prompt, layer and score. Columns: prompt, text, target, score (or "random", "everything"), layer,
@@ -116,6 +121,7 @@ def _added(query: Query, sums: dict[tuple[str, int], Tensor], k: int) -> pd.Data
     )
 
 
+@remotely
 def ablation_test(
     model: OpenedModel,
     prompts: Iterable[Prompt],
@@ -127,6 +133,7 @@ def ablation_test(
     draws: int = 5,
     seed: int = 0,
     progress: bool | None = None,
+    remote: Where = None,
 ) -> pd.DataFrame:
     """Zero what a score likes best in the whole model: how much of the prediction is lost (EMNLP, Table 2)?
 
@@ -139,6 +146,7 @@ def ablation_test(
         positions: where they are zeroed: "target" (where they were scored), "all" (as the published code does).
         norm: of the scores. draws: random sets of equal size, as a control. seed: of them.
         progress: a bar on stderr; None shows it on a terminal.
+        remote: where traces run, as for `resid_surgery.intervene`.
 
     Returns:
         One row per prompt, set, score and positions (and draw, for "random"), and one "nothing" row a prompt.

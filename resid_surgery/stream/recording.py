@@ -6,8 +6,10 @@ its query, and keys and values of all positions. ``positions="all"`` adds the ad
 at every other position.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 import torch
@@ -19,6 +21,7 @@ from resid_surgery.errors import ArgumentError, ClosureError, StaleRecordingErro
 from resid_surgery.models.envoys import Values
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import BoundPrompt, Prompt, bind
+from resid_surgery.models.remoting import Where, remotely
 from resid_surgery.models.taps import Tap, TapName
 from resid_surgery.models.tracing import forward
 from resid_surgery.stream.records import (
@@ -28,6 +31,7 @@ from resid_surgery.stream.records import (
     StreamRecord,
     layer_record,
     layer_taps,
+    one_row,
     scaled,
 )
 
@@ -40,11 +44,14 @@ class Label:
     Attributes:
         fingerprint: full hash of the weights, as last known when it was made.
         token: what the quick look saw then. verified: a full hash taken since agreed.
+        together: the prompts of the forward that it was made in, a row each. row: which is its own.
     """
 
     fingerprint: str
     token: tuple[Any, ...] | None
     verified: bool = False
+    together: tuple[BoundPrompt, ...] = ()
+    row: int = 0
 
 
 @final
@@ -131,8 +138,10 @@ class Recording:
         )
 
     def _reproduces(self) -> bool:
-        """Whether the model, as it is now, computes this recording bit for bit."""
-        again = record_bound(self.model, self.prompt, every=self.stream is not None)
+        """Whether the model, as it is now, computes this recording bit for bit: in a forward of the same rows, since
+        a product over several rows is rounded otherwise than over one."""
+        rows = [replace(one, position=self.prompt.position) for one in self.label.together] or [self.prompt]
+        again = record_rows(self.model, rows, every=self.stream is not None)[self.label.row]
         return all(torch.equal(a, b) for a, b in zip(again.tensors(), self.tensors(), strict=True))
 
     def tensors(self) -> Iterator[Tensor]:
@@ -180,7 +189,10 @@ def _carried(model: OpenedModel, layer: int, part: str) -> Iterator[tuple[int, s
         yield later, "mlp"
 
 
-def record(model: OpenedModel, prompt: Prompt, *, positions: Literal["target", "all"] = "target") -> Recording:
+@remotely
+def record(
+    model: OpenedModel, prompt: Prompt, *, positions: Literal["target", "all"] = "target", remote: Where = None
+) -> Recording:
     """Record one forward of a prompt (paper: the residual stream and all of its vectors).
 
     Args:
@@ -188,12 +200,14 @@ def record(model: OpenedModel, prompt: Prompt, *, positions: Literal["target", "
         prompt: a `Prompt`; bound to the model's tokenizer here.
         positions: "target" keeps every addend at the predicting position, and keys and values of
             all; "all" adds the stream's addends at every position.
+        remote: where the forward runs: None (here), "local" (a rehearsal here), True (NDIF), or a server's address.
 
     Returns:
         A `Recording` of detached tensors with no ties to the forward.
 
     Raises:
-        PromptError: the prompt cannot be used. ArgumentError: unknown `positions`.
+        PromptError: the prompt cannot be used. ArgumentError: unknown `positions` or `remote`.
+        UnsupportedModelError: no server knows the model by a name. RunError: a remote run failed.
 
     Source: Yu & Ananiadou, arXiv 2312.12141, section 3 (residual stream as a sum of vectors).
     """
@@ -205,14 +219,24 @@ def record(model: OpenedModel, prompt: Prompt, *, positions: Literal["target", "
 
 def record_bound(model: OpenedModel, bound: BoundPrompt, *, every: bool) -> Recording:
     """Record a bound prompt; `every` keeps the stream at all positions."""
-    fingerprint = model.known_fingerprint()
-    label = Label(fingerprint, model.weights.token)
-    ids = torch.tensor([bound.ids], device=model.shadow.get_input_embeddings().weight.device)  # type: ignore[operator]
+    return record_rows(model, [bound], every=every)[0]
+
+
+def record_rows(model: OpenedModel, bound: Sequence[BoundPrompt], *, every: bool) -> list[Recording]:
+    """Record bound prompts of one length and one predicting position as the rows of one forward.
+
+    Whether the model computes a row as it would alone is the caller's to know; see `grouping.record_group`.
+    """
+    fingerprint, token = model.known_fingerprint(), model.weights.token
+    ids = torch.tensor([one.ids for one in bound], device=model.shadow.get_input_embeddings().weight.device)  # type: ignore[operator]
     everywhere = [Tap(name, i) for i in range(model.anatomy.n_layers) for name in STREAM] if every else []
-    values = forward(model, ids, record_taps(model), at=bound.position, everywhere=everywhere)
-    rec = from_values(model, bound, values, label, every=every)
-    require_closed(rec)
-    return rec
+    values = forward(model, ids, record_taps(model), at=bound[0].position, everywhere=everywhere)
+    together, recs = tuple(bound), []
+    for row, one in enumerate(bound):
+        label = Label(fingerprint, token, together=together, row=row)
+        recs.append(from_values(model, one, values, label, every=every, row=row))
+        require_closed(recs[-1])
+    return recs
 
 
 def require_closed(rec: Recording) -> None:
@@ -273,13 +297,18 @@ def record_taps(model: OpenedModel) -> list[Tap]:
     return [*taps, Tap("block_out", a.n_layers - 1), Tap("bs"), Tap("logits")]
 
 
-def from_values(model: OpenedModel, bound: BoundPrompt, values: Values, label: Label, *, every: bool) -> Recording:
-    """A recording of a traced forward of one row."""
+def from_values(
+    model: OpenedModel, bound: BoundPrompt, values: Values, label: Label, *, every: bool, row: int = 0
+) -> Recording:
+    """A recording of one row of a traced forward; it holds no memory of another row's."""
     a, t = model.anatomy, bound.position
+    values = one_row(values, row)
     layers = [layer_record(model, layer, values, 0, t, t if every else 0) for layer in range(a.n_layers)]
     stream = None
     if every:
-        stack = {n: torch.stack([_every(model, values, n, i) for i in range(a.n_layers)]) for n in STREAM}
+        stack = {
+            n: torch.stack([_every(model, values, n, i).to(model.device) for i in range(a.n_layers)]) for n in STREAM
+        }
         stream = StreamRecord(resid_pre=stack["block_in"], attn_out=stack["attn_add"], mlp_out=stack["mlp_add"])
     scale = model.anatomy.layout.logit_scale
     bs = values[Tap("bs")][0, 0]

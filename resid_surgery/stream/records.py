@@ -3,8 +3,10 @@
 Everything is kept in the model's own dtype; weights, gates and factors in float32 or better.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, final
 
 import torch
@@ -126,6 +128,22 @@ def scaled(model: OpenedModel, layer: int, part: str, added: Tensor) -> Tensor:
     """What a writer adds to the stream: its output times the block's scale."""
     scale = model.factor(layer, f"{part}_scale")
     return added if isinstance(scale, float) and scale == 1.0 else (added * scale).to(added.dtype)
+
+
+def one_row(values: Values, row: int) -> Values:
+    """One row of a traced forward of several, in tensors of its own: the others' memory is not held by it."""
+    rows = len(next(value for value in values.values() if isinstance(value, Tensor)))
+    return values if rows == 1 else {tap: _row_of(value, row) for tap, value in values.items()}
+
+
+def _row_of(value: Tensor | AttentionCall | ExpertsCall, row: int) -> Tensor | AttentionCall | ExpertsCall:
+    if isinstance(value, Tensor):
+        return value[row : row + 1].clone()
+    named = ("value", "query", "key", "weights", "mask") if isinstance(value, AttentionCall) else vars(value)
+    held = {name: tensor for name in named if (tensor := getattr(value, name)) is not None}
+    if "mask" in held and len(held["mask"]) == 1:  # one for every row
+        held.pop("mask")
+    return replace(value, **{name: tensor[row : row + 1].clone() for name, tensor in held.items()})
 
 
 def layer_record(model: OpenedModel, layer: int, values: Values, r: int, t: int, stream_at: int = 0) -> LayerRecord:
@@ -251,6 +269,6 @@ def attention_rows(
     return torch.softmax(scores, -1).transpose(0, 1)
 
 
-def repeat_kv(kv: Float[Tensor, "kv *rest"], n_heads: int) -> Float[Tensor, "head *rest"]:
+def repeat_kv(kv: Float[Tensor, kv * rest], n_heads: int) -> Float[Tensor, head * rest]:
     """Grouped keys or values repeated so that head h has its own: head h uses group h // (H / KV)."""
     return kv if kv.shape[0] == n_heads else kv.repeat_interleave(n_heads // kv.shape[0], dim=0)
