@@ -10,6 +10,8 @@
 ====================  ================================================  =====================================
 """
 
+from __future__ import annotations
+
 import itertools
 import re
 from collections.abc import Iterable, Iterator

@@ -23,6 +23,8 @@ site                 what it is (paper's term)                   text
 ===================  ==========================================  =====================
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, Protocol, final

@@ -5,8 +5,8 @@ import torch
 from jaxtyping import TypeCheckError
 
 from resid_surgery.attribution.shares import Listed
-from resid_surgery.evidence.verifying import verify
 from resid_surgery.surgery.measures import kl_divergence
+from resid_surgery.surgery.sweeping import token_budget
 
 
 def test_an_array_of_another_shape_is_found():
@@ -25,5 +25,5 @@ def test_a_field_of_another_shape_or_kind_is_found():
 
 
 def test_what_has_no_array_is_left_as_it_is():
-    assert not hasattr(verify, "__wrapped__")
+    assert not hasattr(token_budget, "__wrapped__")
     assert hasattr(kl_divergence, "__wrapped__")

@@ -33,6 +33,7 @@ from resid_surgery.attribution.triggers import (
 from resid_surgery.errors import ArgumentError, SiteError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import Prompt, token_text
+from resid_surgery.models.remoting import Where, remotely
 from resid_surgery.sites import ExpertNeuron, Neuron, SharedNeuron, Site
 from resid_surgery.stream.blocks import PostMap
 from resid_surgery.stream.kinds import neuron_place, neuron_site
@@ -71,6 +72,7 @@ class NeuronMemory:
         return f"NeuronMemory({len(self.sites)} neurons over {self.texts} texts, {positions} positions)"
 
 
+@remotely
 def neuron_memory(
     model: OpenedModel,
     sites: Any,
@@ -81,6 +83,7 @@ def neuron_memory(
     context: int = 10,
     window: int | None = None,
     progress: bool | None = None,
+    remote: Where = None,
 ) -> NeuronMemory:
     """Neurons as key-value memories: what in a corpus triggers their keys, and what their values promote.
 
@@ -91,6 +94,7 @@ def neuron_memory(
         top: positions kept a neuron and side. values: tokens a side. context: tokens shown before a trigger.
         window: longer texts are cut into pieces of so many tokens; None for the model's context, at most 1024.
         progress: a bar on stderr; None shows it on a terminal.
+        remote: where traces run, as for `resid_surgery.intervene`.
 
     Returns:
         `NeuronMemory` with ``.triggers``, ``.values`` and ``.summary``.

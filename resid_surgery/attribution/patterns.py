@@ -23,6 +23,7 @@ from resid_surgery.attribution.weights import by_layer, heads_of
 from resid_surgery.errors import ArgumentError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import encode
+from resid_surgery.models.remoting import Where, remotely
 from resid_surgery.models.taps import Tap
 from resid_surgery.models.tracing import forward
 from resid_surgery.sites import Head
@@ -56,8 +57,15 @@ class Repeated:
         return [0 if kind == "first_token" else t - back[kind] for t in self.second]
 
 
+@remotely
 def head_patterns(
-    model: OpenedModel, n: int = 8, lengths: tuple[int, int] = (10, 40), seed: int = 0, heads: Any = None
+    model: OpenedModel,
+    n: int = 8,
+    lengths: tuple[int, int] = (10, 40),
+    seed: int = 0,
+    heads: Any = None,
+    *,
+    remote: Where = None,
 ) -> pd.DataFrame:
     """Which heads look at the previous token, at duplicates, behind duplicates (induction), at the first token.
 
@@ -67,6 +75,7 @@ def head_patterns(
         model: from `resid_surgery.load`. n: how many sequences, of different lengths as far as `lengths` allow.
         lengths: least and greatest number of tokens of a sequence, which is written twice. seed: of the draw.
         heads: None for all, or some (see `head_weights`).
+        remote: where traces run, as for `resid_surgery.intervene`.
 
     Returns:
         Columns: site, layer, head, previous_token, duplicate_token, induction, first_token (mean attention weights,

@@ -16,12 +16,14 @@ from resid_surgery.attribution.scores import LONG
 from resid_surgery.attribution.scoring import scorer
 from resid_surgery.attribution.streaming import stream
 from resid_surgery.errors import ArgumentError
+from resid_surgery.models.remoting import Where, remotely
 from resid_surgery.stream.blocks import Numbering
 from resid_surgery.stream.recording import Recording, need_recording
 from resid_surgery.surgery.interventions import Zero
 from resid_surgery.surgery.sweeping import sweep
 
 
+@remotely
 def score_against_effect(
     rec: Recording,
     *,
@@ -34,6 +36,7 @@ def score_against_effect(
     seed: int = 0,
     also: Sequence[int] = (),
     progress: bool | None = None,
+    remote: Where = None,
 ) -> pd.DataFrame:
     """Every score of subvalues beside their measured effect: the log-probability lost when one is zeroed.
 
@@ -44,6 +47,7 @@ def score_against_effect(
         positions: where they are zeroed, "target" or "all". norm: of the scores. seed: of the random ones.
         also: other targets whose ranks are to be counted in the same pass, if ranks are asked for.
         progress: bars on stderr; None shows them on a terminal.
+        remote: where traces run, as for `resid_surgery.intervene`.
 
     Returns:
         One row per measured subvalue. Columns: site, kind, layer, effect (nats: log p(w) before minus after),

@@ -17,6 +17,7 @@ from resid_surgery import _check
 from resid_surgery.errors import ArgumentError
 from resid_surgery.evidence.graphs import SourceGraph
 from resid_surgery.evidence.growth import Link
+from resid_surgery.models.remoting import Where, remotely
 from resid_surgery.sites import (
     AttnNeuron,
     Constant,
@@ -70,7 +71,8 @@ class Verified:
         return self.table.iloc[int(order.iloc[-1])]
 
 
-def verify(graph: SourceGraph, *, edges: int | None = 50, seed: int = 0) -> Verified:
+@remotely
+def verify(graph: SourceGraph, *, edges: int | None = 50, seed: int = 0, remote: Where = None) -> Verified:
     """Cut sampled edges of a source graph and compare what was predicted with what is measured.
 
     Readings are taken from what that forward itself computed. One kind is not: where a norm stands inside attention
@@ -83,6 +85,7 @@ def verify(graph: SourceGraph, *, edges: int | None = 50, seed: int = 0) -> Veri
 
     Args:
         graph: from `source_graph`. edges: how many are drawn; None for all. seed: of the draw.
+        remote: where traces run, as for `resid_surgery.intervene`.
 
     Returns:
         `Verified`.

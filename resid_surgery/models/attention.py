@@ -5,6 +5,8 @@ are kept, and the weights are recomputed from them for the one position that is 
 the weights themselves are read.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass

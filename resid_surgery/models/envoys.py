@@ -1,5 +1,7 @@
 """Envoys: where each tap stands in a traced model, and the form in which its value is read and written."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, final
 

@@ -13,9 +13,10 @@ With x the block's input, the two writers of a block add
 and in a parallel block both are added to ``mlp_carry * x``. Carries and scales are 1 in most families.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from functools import cached_property
 from types import MappingProxyType, NoneType
 from typing import Any, Literal, final
 
@@ -120,10 +121,14 @@ class BlockLayout:
 
     def paths(self) -> Mapping[str, str]:
         """Part name -> module path inside the block, for the parts that this kind of block has."""
-        return self._paths
+        if "_paths" not in self.__dict__:
+            self.__dict__["_paths"] = self._named_paths()
+        return self.__dict__["_paths"]  # type: ignore[no-any-return]
 
-    @cached_property
-    def _paths(self) -> Mapping[str, str]:
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def _named_paths(self) -> Mapping[str, str]:
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         parts = {
             name: named[name]

@@ -1,5 +1,7 @@
 """Taps: the places in a forward that can be read and written, and the order in which it passes them."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Literal, final
 

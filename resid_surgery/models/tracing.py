@@ -5,22 +5,25 @@ which the model reaches them, and runs one nnsight trace over the model's shadow
 detached and cloned. A write is a function of the value found there and of the values read so far.
 """
 
-import inspect
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import nnsight
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from resid_surgery.errors import ResidSurgeryError, UnsupportedModelError
+from resid_surgery.errors import ArgumentError, RunError, UnsupportedModelError
 from resid_surgery.models.attention import AttentionCall, attention_call
-from resid_surgery.models.envoys import Values, Write, envoy_at, place_of, read_at, written
+from resid_surgery.models.envoys import Values, Write, envoy_at, place_of
 from resid_surgery.models.freezing import FrozenNorm, freeze_norms
 from resid_surgery.models.opening import OpenedModel
-from resid_surgery.models.taps import Tap, is_sum
+from resid_surgery.models.passes import Notes, Pass, explained, keeps_logits, refused
+from resid_surgery.models.remoting import asked, hub_name, refuse_remote, shipping
+from resid_surgery.models.taps import Tap
 
 _trace_lock = threading.RLock()
 
@@ -43,6 +46,7 @@ def forward(
     logits_at: Sequence[int] | None = None,
     given: Mapping[str, Any] | None = None,
     resume: tuple[int, Tensor] | None = None,
+    notes: Notes | None = None,
 ) -> Values:
     """One forward of (row, position) `ids` with reads and writes.
 
@@ -58,6 +62,7 @@ def forward(
         logits_at: positions of logits, if other than `at`.
         given: more keywords for the model's forward: a cache, a mask, position ids.
         resume: (layer, (row, position, d_model)): blocks below that layer do not run; their output is this.
+        notes: what writes note for after the run; it comes back filled where the forward runs elsewhere.
 
     Returns:
         Tap -> detached (row, position, width) tensor of its own storage (`AttentionCall` for
@@ -67,58 +72,64 @@ def forward(
         UnsupportedModelError: the model's forward does not pass a tap.
         ResidSurgeryError: whatever a write raised.
     """
-    writes = writes or {}
-    wanted = set(reads)
-    sums = {tap: Tap("mlp_first", tap.layer) for tap in wanted | set(writes) if is_sum(model, tap)}
-    plan = sorted(wanted | set(writes) | set(sums.values()), key=lambda tap: tap.when(model))
     kwargs: dict[str, Any] = {"use_cache": False, **(given or {})}
     kept = [at] if isinstance(at, int) else None if at is None else list(at)
     tail = kept if logits_at is None else list(logits_at)
     sliced = tail is not None and keeps_logits(model)
     if sliced:
         kwargs["logits_to_keep"] = torch.tensor(tail, device=ids.device)
-    raised: list[BaseException] = []
+    job = Pass.of(model, reads, writes or {}, rows=int(ids.shape[0]), kept=kept, everywhere=frozenset(everywhere),
+                  ends=None if sliced else tail, resume=resume, notes=notes,
+                  cache=kwargs.get("past_key_values"))  # fmt: skip
     with model.lock, _trace_lock, torch.no_grad():
+        place = asked()
+        if place is not None:
+            return _away(model, job, ids, kwargs, place)
         traced = _traced(model)
-        rows = int(ids.shape[0])
-        try:
-            start, stream = resume or (0, ids)
-            skipped = [_place(traced, model, Tap("block_out", i))[0] for i in range(start)]
-            with traced.trace(input_ids=ids, **kwargs):
-                seen: dict[Any, Any] = {}
-                first: dict[Any, Any] = {}
-                for block in skipped:
-                    block.skip(stream)
-                for tap in plan:
-                    place, field = _place(traced, model, tap)
-                    value = getattr(place, field)
-                    if tap.name == "mlp_first":
-                        first[tap] = value[0] if isinstance(value, tuple) else value
-                    other = first[sums[tap]] if tap in sums else None
-                    if other is not None:
-                        value = value + other
-                    if tap in writes:
-                        try:
-                            value = written(model, tap, value, rows, writes[tap], seen)
-                        except BaseException as error:
-                            raised.append(error)
-                            raise
-                        setattr(place, field, value if other is None else value - other)
-                    if tap in wanted:
-                        ends = tap.layer < 0
-                        here = (None if sliced else tail) if ends else None if tap in everywhere else kept
-                        seen[tap] = read_at(model, tap, value, rows, here)
-                nnsight.save(seen)
-        except Exception as error:
-            if raised:
-                raise raised[0] from None
-            if isinstance(error, (ResidSurgeryError, MemoryError, torch.OutOfMemoryError)):
-                raise
-            raise UnsupportedModelError(
-                f"one traced forward of {model.name} failed ({type(error).__name__}: {_last_line(error)}). "
-                f"Its layout ({model.anatomy.layout.family}, {model.anatomy.matched}) does not describe its forward."
-            ) from error
-    return seen
+        job.places = model.cache["paths"]
+        a, failed = model.anatomy, f"one traced forward of {model.name} failed"
+        why = f" Its layout ({a.layout.family}, {a.matched}) does not describe its forward."
+        with explained(job, UnsupportedModelError, failed, why), traced.trace(input_ids=ids, **kwargs):
+            seen = nnsight.save(job.run(traced))
+        return seen  # type: ignore[no-any-return]  # noqa: RET504
+
+
+def _away(model: OpenedModel, job: Pass, ids: Tensor, kwargs: dict[str, Any], place: bool | str) -> Values:
+    """`forward` where `place` says: what it needs is shipped; what it read and noted comes back as plain data."""
+    if place is True and not nnsight.CONFIG.API.APIKEY:
+        raise ArgumentError(
+            "`remote` True needs a key of the National Deep Inference Fabric: set NDIF_API_KEY, or call "
+            'nnsight.login(). Give the address of a server of your own instead, or remote="local" to rehearse.'
+        )
+    traced, failed = _remotable(model), f"a forward of {model.name} with remote={place!r} failed"
+    with (
+        shipping(model, traced._module),
+        explained(job, RunError, failed),
+        traced.trace(input_ids=ids, remote=place, **kwargs),
+    ):
+        report = nnsight.save(job.report(traced))
+    return job.take(report)
+
+
+def _remotable(model: OpenedModel) -> Any:
+    """The model's tree on detached views of its parameters, as a model that has a name on the hub; what of this
+    library a request needs travels by value."""
+    key = _tensors_of(model)
+    kept = model.cache.get("remotable")
+    if kept is None or kept[0] != key:
+        nnsight.register("resid_surgery")
+        tree = model.detached_copy()
+        placed = {} if hasattr(tree, "hf_device_map") else {"device": model.device}
+        traced = nnsight.TransformersModel(tree, tokenizer=_no_tokenizer(), task="text-generation", **placed)
+        traced.repo_id = hub_name(model)
+        kept = key, traced
+        model.cache["remotable"] = kept
+    return kept[1]
+
+
+def _no_tokenizer() -> Any:
+    """A tokenizer that nothing is asked of: prompts travel as ids."""
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"": 0}, unk_token="")))
 
 
 def gradients(model: OpenedModel, ids: Tensor, taps: Sequence[Tap], *, at: int, token: int) -> dict[Tap, Tensor]:
@@ -137,13 +148,14 @@ def gradients(model: OpenedModel, ids: Tensor, taps: Sequence[Tap], *, at: int, 
     Raises:
         UnsupportedModelError: a part of the model cannot be differentiated, or does not lead to the logits.
     """
+    refuse_remote(model, "a backward pass", "it runs on tensors of this process; choose scores without gradients")
     plan = sorted(set(taps), key=lambda tap: tap.when(model))
     with model.lock, _trace_lock, torch.inference_mode(False), torch.enable_grad():
         traced, ids = _differentiable(model), ids.clone()
         places = [place_of(traced, model, tap) for tap in plan]
         start = place_of(traced, model, Tap("block_in", 0))[0]
         why = ": a part of it cannot be differentiated. Use another score."
-        with _refused(f"the backward pass of {model.name} failed", why), traced.trace(input_ids=ids, use_cache=False):
+        with refused(f"the backward pass of {model.name} failed", why), traced.trace(input_ids=ids, use_cache=False):
             start.input = start.input.detach().requires_grad_().clone()
             held: list[Any] = []
             for place, field in places:
@@ -184,13 +196,14 @@ def pushed(
     Raises:
         UnsupportedModelError: the model's forward cannot be traced so.
     """
+    refuse_remote(model, "a forward that is differentiated", "its graph stays in this process")
     kwargs = {"logits_to_keep": torch.tensor(keep, device=ids.device)} if keeps_logits(model) else {}
     with model.lock, _trace_lock, torch.inference_mode(False), torch.enable_grad():
         traced, ids, start = _differentiable(model), ids.clone(), None if stream is None else stream.clone()
         skipped = range(0 if start is None or not _skippable(model) else layer)
         below = [place_of(traced, model, Tap("block_out", i))[0] for i in skipped]
         place, field = place_of(traced, model, Tap("mlp_raw", layer))
-        with _refused(f"a forward of {model.name} failed", "."), traced.trace(ids, use_cache=False, **kwargs):
+        with refused(f"a forward of {model.name} failed", "."), traced.trace(ids, use_cache=False, **kwargs):
             for block in below:
                 block.skip(start)
             value = getattr(place, field)
@@ -242,30 +255,20 @@ def attended(model: OpenedModel, layer: int, x: Tensor, ids: Tensor) -> Tensor:
 def _attention_alone(traced: Any, model: OpenedModel, tap: Tap, x: Tensor, ids: Tensor) -> Any:
     """What stands at a tap when a layer's attention reads x; blocks below are skipped where they give nothing but the
     stream, and what comes after is not run."""
+    refuse_remote(model, f"attention of layer {tap.layer} alone", "its inputs and their graph are of this process")
     layer, nothing = tap.layer, torch.zeros_like(x, requires_grad=False)
     below = [place_of(traced, model, Tap("block_out", i))[0] for i in range(layer)] if _skippable(model) else []
     read = place_of(traced, model, Tap("attn_read", layer))
     place, field = place_of(traced, model, tap)
     why = ", so what its queries, keys and values read cannot be split."
     what, ids = f"attention of layer {layer} of {model.name} cannot be run alone", ids.clone()
-    with _refused(what, why), traced.trace(input_ids=ids, use_cache=False) as tracer:
+    with refused(what, why), traced.trace(input_ids=ids, use_cache=False) as tracer:
         for block in below:
             block.skip(nothing)
         setattr(*read, x)
         found = nnsight.save([getattr(place, field)])
         tracer.stop()
     return found[0]
-
-
-@contextmanager
-def _refused(what: str, why: str) -> Iterator[None]:
-    """Whatever a trace raises, as a refusal of the model: what failed (how) and why that matters."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, (ResidSurgeryError, MemoryError, torch.OutOfMemoryError)):
-            raise
-        raise UnsupportedModelError(f"{what} ({type(error).__name__}: {_last_line(error)}){why}") from error
 
 
 def _skippable(model: OpenedModel) -> bool:
@@ -375,26 +378,6 @@ def _traced(model: OpenedModel) -> Any:
     return model.cache["traced"]
 
 
-def _place(traced: Any, model: OpenedModel, tap: Tap) -> tuple[Any, str]:
-    """The nnsight envoy of a tap and which of its fields holds the value."""
-    paths: dict[Tap, tuple[Any, str]] = model.cache["paths"]
-    if tap not in paths:
-        paths[tap] = place_of(traced, model, tap)
-    return paths[tap]
-
-
 def resumable(model: OpenedModel) -> bool:
     """Whether a forward can start at a block from a recorded stream: a block gives the stream and nothing else."""
     return _skippable(model)
-
-
-def keeps_logits(model: OpenedModel) -> bool:
-    """Whether the model's forward can leave out logits that are not wanted."""
-    if "keeps_logits" not in model.cache:
-        model.cache["keeps_logits"] = "logits_to_keep" in inspect.signature(type(model.module).forward).parameters
-    return bool(model.cache["keeps_logits"])
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else "no message")[:200]

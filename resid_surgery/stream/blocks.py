@@ -5,6 +5,8 @@ of chosen members, and to name their sites. Ledgers, scores, bounds and sources 
 `Block.project` and `Block.vectors`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
@@ -34,7 +36,7 @@ class PostMap:
     factor: Tensor | float = 1.0
 
     @classmethod
-    def of(cls, model: OpenedModel, layer: int, part: str, raw: Tensor) -> "PostMap":
+    def of(cls, model: OpenedModel, layer: int, part: str, raw: Tensor) -> PostMap:
         """The post-norm and multiplier of a sublayer, frozen at what it read in this run."""
         factor = model.factor(layer, f"{part}_scale")
         if not model.has(layer, f"{part}_post_norm"):
@@ -42,7 +44,7 @@ class PostMap:
         norm = model.norm(layer, f"{part}_post_norm")
         return cls(norm, norm.scale(raw), factor)
 
-    def then(self, factor: Tensor | float) -> "PostMap":
+    def then(self, factor: Tensor | float) -> PostMap:
         """The same map followed by a multiplication."""
         return replace(self, factor=self.factor * factor)
 
@@ -153,7 +155,7 @@ class Block:
     coefficient: Float[Tensor, " count"] | None = None
     per_row: int = 1
     weights: tuple[WeightRows, ...] = ()
-    mixed: "Mixed | None" = None
+    mixed: Mixed | None = None
 
     def vectors(self, i: Int[Tensor, " n"]) -> Float[Tensor, "n d_model"]:
         """Members' vectors."""

@@ -216,7 +216,7 @@ class Altered:
             keywords = {name: value[order] if name in spread else value for name, value in keywords.items()}
         reads = [Tap("output"), *writing.everywhere]
         given = {"use_cache": cache is not None} | keywords
-        values = forward(self.model, ids[order], reads, writing.writes(), given=given)
+        values = forward(self.model, ids[order], reads, writing.writes(), given=given, notes=writing)
         output = values[Tap("output")]
         for tap, placed in writing.placed.items():
             if tap.name != "attn_call" and tap not in writing.left:

@@ -1,5 +1,7 @@
 """Batches: where (row, position) lies in a forward."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import final
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from resid_surgery.errors import ClosureError, InterventionError, UnsupportedModelError
-from resid_surgery.models.envoys import Values, Write
+from resid_surgery.models.envoys import Values
 from resid_surgery.models.taps import Tap
 from resid_surgery.models.tracing import forward
 from resid_surgery.sites import Neuron
@@ -21,7 +21,7 @@ from resid_surgery.surgery.cutting import Cutting
 from resid_surgery.surgery.engine import check_fired, direct_of, touched
 from resid_surgery.surgery.frames import Frames, resumable
 from resid_surgery.surgery.places import RowOps
-from resid_surgery.surgery.writing import Writing
+from resid_surgery.surgery.writing import Writing, settle
 
 
 @final
@@ -81,8 +81,8 @@ def run_chunk(frames: Frames, group: Sequence[Row]) -> Outcome:
     operated = touched(writing, cutting)
     raws = [Tap(f"{part}_raw", layer) for layer, part in operated]  # type: ignore[arg-type]
     reads = [last, Tap("bs"), *raws, *writing.everywhere, *(tap for taps in sums.values() for tap in taps)]
-    values = _forward(frames, grid, control, reads, writing.writes(), start)
-    writing.settle(values)
+    values = _forward(frames, grid, control, reads, writing, start)
+    settle(writing, values)
     _settle(frames, cutting, values)
     final = _finals(frames, grid, values, control, cutting.rows)
     check_fired(writing, cutting, values, None)
@@ -96,14 +96,15 @@ def _forward(
     grid: Batch,
     control: int,
     reads: list[Tap],
-    writes: dict[Tap, Write],
+    writing: Writing | None,
     start: int,
     stream: Tensor | None = None,
 ) -> Values:
     """One forward from layer `start` on, with the logits of the control row."""
     try:
         ids, extra = frames.feed(grid, control + 1, start, stream)
-        return forward(frames.model, ids, reads, writes, logits_at=[grid.place(control, frames.t)[1]], **extra)
+        writes, last = {} if writing is None else writing.writes(), [grid.place(control, frames.t)[1]]
+        return forward(frames.model, ids, reads, writes, logits_at=last, notes=writing, **extra)
     except UnsupportedModelError as error:
         if frames.kind == "packed":
             raise NotExactError(float("inf")) from error
@@ -178,7 +179,7 @@ def _run_past(frames: Frames, group: Sequence[Row], layer: int) -> Outcome:
     stream = rec.layers[layer + 1].resid_pre
     stream = (rec.work(stream) + added).to(stream.dtype)
     reads = [Tap("block_out", model.anatomy.n_layers - 1), Tap("bs")]
-    values = _forward(frames, grid, len(group), reads, {}, layer + 1, stream)
+    values = _forward(frames, grid, len(group), reads, None, layer + 1, stream)
     final = _finals(frames, grid, values, len(group), len(group))[:-1]
     vectors = direct_of(rec, layer, "mlp", None, change[:-1], raw + change[:-1])
     return Outcome(model.norm(None, "final_norm")(final), _on_target(rec, vectors))

@@ -1,5 +1,7 @@
 """Conflicts: operations as they are carried out, and which of them cannot stand beside each other."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +30,14 @@ NEURONS = (Neuron, ExpertNeuron, SharedNeuron)
 
 
 @final
+@dataclass(frozen=True)
+class Named:
+    """What messages call an intervention."""
+
+    brief: str
+
+
+@final
 @dataclass(eq=False, slots=True)
 class Operation:
     """One site at one position of one row, resolved: left = factor * found + value, then + steer.
@@ -49,6 +59,11 @@ class Operation:
     source: int | None = None
     weight: float | None = None
     renormalise: bool = False
+
+    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+        """What travels with a remote forward: no donors, and of the intervention what it is called."""
+        held = {name: getattr(self, name) for name in self.__slots__}
+        return None, held | {"origin": Named(self.origin.brief)}
 
     @property
     def first(self) -> int:

@@ -11,6 +11,8 @@ With u the writer's addend where the reader reads it and e what the operations c
    otherwise enter the attention of this head at this position together, whose weights are worked out anew.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -27,7 +29,6 @@ from resid_surgery.sites import Constant, ExpertNeuron, Head, HeadSource, Neuron
 from resid_surgery.stream.records import attention_rows
 from resid_surgery.surgery.batches import Packed
 from resid_surgery.surgery.conflicts import Operation
-from resid_surgery.surgery.interventions import Set
 from resid_surgery.surgery.places import RowOps
 from resid_surgery.surgery.reading import before, taps_of
 from resid_surgery.surgery.writing import Writing
@@ -86,7 +87,7 @@ class Cutting:
     sides: dict[tuple[int, int], list[Reader]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, writing: Writing, rows: Sequence[RowOps], known: dict[Any, int] | None = None) -> "Cutting":
+    def of(cls, writing: Writing, rows: Sequence[RowOps], known: dict[Any, int] | None = None) -> Cutting:
         """Place all operations of some rows: plain ones in their row and its auxiliary rows, edges between them.
 
         Args:
@@ -231,7 +232,7 @@ class Cutting:
         return write
 
     def _note(self, reader: Reader, row: int, target: int, delta: Tensor) -> None:
-        if row != reader.row or target not in self.writing.noted:
+        if row != reader.row or target not in self.writing.watched:
             return
         site, layer, work = reader.site, reader.layer, self.model.work
         if isinstance(site, (Neuron, SharedNeuron, Head)):
@@ -341,7 +342,7 @@ def readers_of(row: int, ops: RowOps) -> list[Reader]:
     groups: dict[Any, list[tuple[int, list[Operation]]]] = {}
     for (site, side, norm, target), group in by_target.items():
         origins = tuple(sorted({id(op.origin) for op in group}))
-        own = target if any(isinstance(op.origin, Set) for op in group) else None
+        own = target if any(op.origin.apart for op in group) else None
         groups.setdefault((site, side, norm, origins, own), []).append((target, group))
     readers = []
     for (site, side, norm, origins, own), members in groups.items():

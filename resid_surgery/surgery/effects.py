@@ -13,6 +13,7 @@ import pandas as pd
 from resid_surgery._check import message, whole
 from resid_surgery.errors import ArgumentError, InterventionError
 from resid_surgery.models.prompts import token_text
+from resid_surgery.models.remoting import Where, remotely
 from resid_surgery.stream.recording import Recording, be_recording
 from resid_surgery.surgery.engine import Run, run_rows
 from resid_surgery.surgery.interventions import Intervention
@@ -105,7 +106,9 @@ class Effect:
         return measured[position].ledger()
 
 
-def intervene(rec: Recording, interventions: Any, *, at: Any = "target", movers: int = 5) -> Effect:
+def intervene(
+    rec: Recording, interventions: Any, *, at: Any = "target", movers: int = 5, remote: Where = None
+) -> Effect:
     """Run interventions, all at once, through one nnsight trace and measure what they did.
 
     Args:
@@ -113,6 +116,7 @@ def intervene(rec: Recording, interventions: Any, *, at: Any = "target", movers:
             `Attend`, `Cut`; their order does not matter.
         at: positions at which the prediction is measured, written like an intervention's ``positions``.
         movers: how many tokens beside target and competitors are listed, by change of probability.
+        remote: where the forward runs: None (here), "local" (a rehearsal here), True (NDIF), or a server's address.
 
     Returns:
         `Effect` with ``.table``, ``.summary`` and ``.ledger()``. Changes are against a control row of the same
@@ -122,20 +126,24 @@ def intervene(rec: Recording, interventions: Any, *, at: Any = "target", movers:
         InterventionError: contradictory, nested or empty interventions; one did not fire.
         SiteError, PromptError: a site or position does not exist. All before any forward runs.
         StaleRecordingError: the weights changed since a recording was made.
+        UnsupportedModelError: no server knows the model by a name. RunError: a remote run failed.
 
     Source: Yu & Ananiadou, arXiv 2312.12141, section 5 (interventions); split: see `splits`.
     """
-    return intervene_each(rec, [interventions], at=at, movers=movers)[0]
+    return intervene_each(rec, [interventions], at=at, movers=movers, remote=remote)[0]
 
 
-def intervene_each(rec: Recording, rows: Sequence[Any], *, at: Any = "target", movers: int = 5) -> list[Effect]:
+@remotely
+def intervene_each(
+    rec: Recording, rows: Sequence[Any], *, at: Any = "target", movers: int = 5, remote: Where = None
+) -> list[Effect]:
     """Run several sets of interventions, each on its own row, in as few forwards as fit.
 
     Every addend of every row is read, so that each effect has its ledger; for thousands of rows use `sweep`.
 
     Args:
         rec: a recording. rows: one entry per row, as for `intervene`.
-        at, movers: as for `intervene`.
+        at, movers, remote: as for `intervene`.
 
     Returns:
         One `Effect` per entry, in order.

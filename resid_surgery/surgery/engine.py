@@ -24,8 +24,9 @@ from resid_surgery.stream.recording import Recording, closure_tolerance
 from resid_surgery.stream.vocabulary import Readout
 from resid_surgery.surgery.batches import Rows
 from resid_surgery.surgery.cutting import Cutting
+from resid_surgery.surgery.noting import Change
 from resid_surgery.surgery.places import RowOps, raw_part
-from resid_surgery.surgery.writing import Change, Writing
+from resid_surgery.surgery.writing import Writing, settle
 
 TOKENS_A_CHUNK = 512
 LOGIT_BYTES = 32 << 20  # a batch's logits; they are held a few times over
@@ -114,8 +115,8 @@ class _Batch:
         operated = touched(writing, self.cutting)
         reads += [Tap(f"{part}_raw", layer) for layer, part in operated]  # type: ignore[arg-type]
         ids = torch.tensor([self.rec.prompt.ids], device=device_of(model)).repeat(self.control + 1, 1)
-        values = forward(model, ids, reads, writing.writes(), at=self.at, everywhere=writing.everywhere)
-        writing.settle(values)
+        values = forward(model, ids, reads, writing.writes(), at=self.at, everywhere=writing.everywhere, notes=writing)
+        settle(writing, values)
         self.cutting.settle(values)
         rows = [*range(len(self.rows)), self.control]
         runs = [[self._run_of(row, i, values, operated) for i in range(len(self.at))] for row in rows]

@@ -8,7 +8,7 @@ coarser ones and ``Scale`` before ``Steer``. They compare and hash by value, and
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 from torch import Tensor
 
@@ -45,6 +45,7 @@ class Intervention:
 
     sites: Any
     positions: Positions = field(default="target", kw_only=True)
+    apart: ClassVar[bool] = False  # as an operation on an edge, has its own value at each position
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", as_sites(self.sites))
@@ -196,6 +197,7 @@ class Set(Intervention):
     """
 
     values: tuple[tuple[Tensor, ...], ...] = ()
+    apart: ClassVar[bool] = True
 
     def __init__(self, sites: Any, values: Any, *, positions: Positions = "target") -> None:
         sites, positions = as_sites(sites), plain_positions(positions)

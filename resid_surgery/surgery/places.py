@@ -1,5 +1,7 @@
 """Places: where in the forward operations are carried out, and in which order at one place."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -72,7 +72,7 @@ def _probed(rec: Recording, edges: list[Probed], rows: list[RowOps]) -> list[flo
     ids = torch.tensor([rec.prompt.ids], device=device_of(model)).repeat(control + 1, 1)
     last = [rec.n_positions - 1]
     reads = [*(taps | writing.everywhere)]
-    values = forward(model, ids, reads, writing.writes(), logits_at=last)
+    values = forward(model, ids, reads, writing.writes(), logits_at=last, notes=writing)
     changes = []
     for reader, one in zip(cutting.readers, edges, strict=True):
         assert one.probe is not None

@@ -4,6 +4,8 @@ A site's *own* value is in its own space (a coefficient, a head's d_head numbers
 it adds to the stream, through the post-norm frozen at what it reads in the same run.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final

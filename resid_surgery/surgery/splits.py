@@ -32,7 +32,7 @@ from resid_surgery.stream.recording import Recording
 from resid_surgery.stream.tables import bs_columns
 from resid_surgery.stream.vocabulary import Readout
 from resid_surgery.surgery.engine import Run
-from resid_surgery.surgery.writing import Change
+from resid_surgery.surgery.noting import Change
 
 PARTS = ("direct", "post_norm", "norm_scale", "indirect")
 

@@ -25,6 +25,7 @@ from resid_surgery._progress import progress as progress_bar
 from resid_surgery.addresses import Edge
 from resid_surgery.errors import ArgumentError, InterventionError, ResidSurgeryError
 from resid_surgery.models.prompts import token_text
+from resid_surgery.models.remoting import Where, remotely
 from resid_surgery.sites import Constant, Neuron, Resid, SharedNeuron, Site, Sublayer
 from resid_surgery.stream.recording import Recording, be_recording
 from resid_surgery.surgery.chunks import NotExactError, Row, run_chunk
@@ -46,6 +47,7 @@ RESULTS = ("log_prob", "log_prob_change", "prob", "kl", "rank", "top", "entropy"
 COORDINATES = ("operation", "site", "kind", "layer", "head", "index", "source", "expert", "position", "token")
 
 
+@remotely
 def sweep(
     rec: Recording,
     interventions: Any,
@@ -55,6 +57,7 @@ def sweep(
     chunk: int | None = None,
     frame: str = "auto",
     progress: bool | None = None,
+    remote: Where = None,
 ) -> pd.DataFrame:
     """Run thousands of interventions, one row each, and measure what each does to the prediction.
 
@@ -68,6 +71,7 @@ def sweep(
         chunk: rows a forward; None chooses.
         frame: "auto", or "packed" or "full" to insist (see `frames`).
         progress: a bar on stderr; None shows it on a terminal for long sweeps.
+        remote: where the forwards run, as for `intervene`; packed rows send the cached prefix along.
 
     Returns:
         One row per entry, in order. Columns: the coordinates (named ones first; else operation, site, kind, layer,

@@ -4,8 +4,10 @@ All operations of a place are carried out together: sorted from fine to coarse, 
 nothing is written twice, a wave at a time. What each found and left is noted where the effect is measured.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -30,49 +32,28 @@ from resid_surgery.sites import (
 from resid_surgery.stream.records import attention_rows, gate_between, repeat_kv
 from resid_surgery.surgery.batches import Batch, Rows
 from resid_surgery.surgery.conflicts import Operation
+from resid_surgery.surgery.noting import Change, Noting
 from resid_surgery.surgery.places import Placed, raw_part, set_weights, tap_of, waves_of
 from resid_surgery.surgery.reading import Reading
 
 
 @final
-@dataclass(eq=False)
-class Change:
-    """What the operations of one row did at one position of one sublayer or state.
-
-    Attributes:
-        raw: (d_model,) left minus found in the sublayer's output, before a post-norm.
-        added: (d_model,) left minus found in what is added, or in a state.
-    """
-
-    raw: Tensor | None = None
-    added: Tensor | None = None
-
-
-@final
-class Writing:
+class Writing(Noting):
     """The writes of some rows of operations, and what they did.
 
     Attributes:
         model, grid: where. everywhere: taps that have to be read at all positions.
-        placed: tap -> (row, operation) carried out there. left: tap -> what was left there.
-        changes: (row, position) -> (layer, "attn" | "mlp" | "pre" | "mid" | "post") -> `Change`, for
-            noted positions.
+        placed: tap -> (row, operation) carried out there. What it notes: see `Noting`.
     """
 
-    def __init__(self, model: OpenedModel, grid: Batch, noted: Collection[int]) -> None:
-        self.model, self.grid, self.noted = model, grid, frozenset(noted)
+    def __init__(self, model: OpenedModel, grid: Batch, watched: Collection[int]) -> None:
+        super().__init__()
+        self.model, self.grid, self.watched = model, grid, frozenset(watched)
         self.everywhere: set[Tap] = set()
         self.placed: dict[Tap, Placed] = {}
         self.extra: dict[Tap, list[Write]] = {}
-        self.left: dict[Tap, Tensor] = {}
-        self.found: dict[Tap, Tensor] = {}
-        self.changes: dict[tuple[int, int], dict[tuple[int, str], Change]] = {}
         self.shares: dict[tuple[int, int, int, int, int], Tensor] = {}
-        self.mixed: dict[tuple[int, int, int], Tensor] = {}
-        self.experts_left: dict[tuple[int, int, ExpertNeuron], Tensor] = {}
-        self.in_mixture: dict[tuple[int, int], dict[int, list[tuple[str, Tensor]]]] = {}
         self._reading: Reading | None = None
-        self.calls: dict[int, AttentionCall] = {}
 
     def place(self, row: int, op: Operation) -> None:
         """Add an operation of a row."""
@@ -96,8 +77,13 @@ class Writing:
     def reading(self, seen: Values) -> Reading:
         """The forward so far, as `Reading`; attention weights as they were set are kept in it."""
         if self._reading is None:
-            self._reading = Reading(self.model, seen, self.grid)
+            self._reading = Reading(self.model, seen, self.grid, self.weights, self.edited)
         return self._reading
+
+    def take(self, noted: dict[str, Any]) -> None:
+        """Hold what a forward elsewhere noted."""
+        super().take(noted)
+        self._reading = None
 
     def writes(self) -> dict[Tap, Write]:
         """Tap -> what is done there."""
@@ -238,7 +224,7 @@ class Writing:
             values = repeat_kv(reading.call(layer).value[b], len(alpha))[head].to(alpha)
             delta = torch.zeros_like(alpha[:, :1]).expand(-1, values.shape[-1]).clone()
             delta[head] = (new - alpha[head]) @ values
-            reading.edited = True
+            reading.edited = self.edited = True
             reading.alphas[layer, row, position] = torch.cat([alpha[:head], new[None], alpha[head + 1 :]])
             self.mix_in(tap, value, row, position, delta)
 
@@ -251,7 +237,7 @@ class Writing:
 
     def note_mix(self, layer: int, row: int, position: int, delta: Tensor) -> None:
         """Note a change of what heads mixed at a position, before a gate."""
-        if position in self.noted:
+        if position in self.watched:
             key = (row, position, layer)
             self.mixed[key] = delta if key not in self.mixed else self.mixed[key] + delta
 
@@ -278,7 +264,7 @@ class Writing:
         for row, op in (item for wave in waves for item in wave):
             touched[row] = min(op.position, touched.get(row, op.position))
         for row, low in touched.items():
-            for position in (p for p in self.noted if p >= low):
+            for position in (p for p in self.watched if p >= low):
                 at, index_s = self.grid.place(row, position)
                 made = []
                 for one in (before, call):
@@ -338,7 +324,7 @@ class Writing:
 
     def _note(self, tap: Tap, wave: Placed, before: Tensor, after: Tensor, units: Tensor | float) -> None:
         """Add left minus found, as d_model vectors, to the rows' changes at noted positions."""
-        kept = [i for i, (_, op) in enumerate(wave) if op.position in self.noted]
+        kept = [i for i, (_, op) in enumerate(wave) if op.position in self.watched]
         if not kept:
             return
         work = self.model.work
@@ -363,7 +349,7 @@ class Writing:
 
     def note_raw(self, layer: int, part: str, row: int, position: int, delta: Tensor) -> None:
         """Note a change of a sublayer's output."""
-        if position in self.noted:
+        if position in self.watched:
             change = self.changes.setdefault((row, position), {}).setdefault((layer, part), Change())
             change.raw = self.model.work(delta) if change.raw is None else change.raw + self.model.work(delta)
 
@@ -378,23 +364,24 @@ class Writing:
             return heads[torch.arange(len(wave)), [op.site.index for _, op in wave]][:, None]  # type: ignore[attr-defined]
         return heads
 
-    def settle(self, values: Values) -> None:
-        """After the run: turn what was done before gates and inside mixtures into changes of outputs."""
-        for (row, position, layer), delta in self.mixed.items():
-            if self.model.block(layer).gated:
-                b, s = self.grid.place(row, position)
-                mix = values[Tap("attn_mix", layer)][b, s]
-                held = self.found.get(Tap("attn_z", layer))
-                z = (values[Tap("attn_z", layer)] if held is None else held)[b, s]
-                delta = gate_between(mix, z.view(mix.shape)).to(delta) * delta
-            rows = self.model.work(self.model.rows(layer, "attn_out").rows)
-            self.note_raw(layer, "attn", row, position, self.model.work(delta).reshape(-1) @ rows)
-        self.mixed.clear()
-        for layer in {layer for found in self.in_mixture.values() for layer in found}:
-            places = [key for key, found in self.in_mixture.items() if layer in found]
-            found_at = [self.grid.place(*key) for key in places]
-            states = values[Tap("experts_call", layer)].states[[b for b, _ in found_at], [s for _, s in found_at]]
-            for key, routed, shared in zip(places, *mixing(self.model, layer, states), strict=True):
-                for kind, vector in self.in_mixture[key][layer]:
-                    self.note_raw(layer, "mlp", *key, vector * (shared if kind == "shared" else routed))
-        self.in_mixture.clear()
+
+def settle(writing: Writing, values: Values) -> None:
+    """After the run: turn what was done before gates and inside mixtures into changes of outputs."""
+    for (row, position, layer), delta in writing.mixed.items():
+        if writing.model.block(layer).gated:
+            b, s = writing.grid.place(row, position)
+            mix = values[Tap("attn_mix", layer)][b, s]
+            held = writing.found.get(Tap("attn_z", layer))
+            z = (values[Tap("attn_z", layer)] if held is None else held)[b, s]
+            delta = gate_between(mix, z.view(mix.shape)).to(delta) * delta
+        rows = writing.model.work(writing.model.rows(layer, "attn_out").rows)
+        writing.note_raw(layer, "attn", row, position, writing.model.work(delta).reshape(-1) @ rows)
+    writing.mixed.clear()
+    for layer in {layer for found in writing.in_mixture.values() for layer in found}:
+        places = [key for key, found in writing.in_mixture.items() if layer in found]
+        found_at = [writing.grid.place(*key) for key in places]
+        states = values[Tap("experts_call", layer)].states[[b for b, _ in found_at], [s for _, s in found_at]]
+        for key, routed, shared in zip(places, *mixing(writing.model, layer, states), strict=True):
+            for kind, vector in writing.in_mixture[key][layer]:
+                writing.note_raw(layer, "mlp", *key, vector * (shared if kind == "shared" else routed))
+    writing.in_mixture.clear()
