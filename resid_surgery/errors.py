@@ -39,3 +39,7 @@ class StaleRecordingError(ResidSurgeryError, RuntimeError):
 
 class InterventionError(ResidSurgeryError, ValueError):
     """Interventions contradict each other, do not fit the prompt, or did not fire."""
+
+
+class RunError(ResidSurgeryError, RuntimeError):
+    """A run cannot begin, go on or be resumed; what it has finished is kept."""

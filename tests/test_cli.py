@@ -23,6 +23,11 @@ from resid_surgery.views.files import write_operated
 COMMANDS = {
     "operate": {"--target", "--versus", "--model", "-k", "--out", "--json", "--dtype", "--device"},
     "decompose": {"--target", "--versus", "--model", "--grain", "--rows", "--json", "--dtype", "--device"},
+    "run": {"--out", "--prompts", "--facts", "--limit", "--model", "--executor", "--workers", "--address", "--num-gpus",
+            "--resume", "--retry", "--max-failures", "--save-every", "--json", "--dtype", "--device"},
+    "status": {"--by", "--value", "--against", "--failures", "--rows", "--json"},
+    "resume": {"--model", "--executor", "--workers", "--address", "--num-gpus", "--retry", "--max-failures",
+               "--save-every", "--json", "--dtype", "--device"},
     "locate": {"--target", "--versus", "--model", "-k", "--kind", "--score", "--norm", "--worst", "--layer", "--rows",
                "--json", "--dtype", "--device"},
     "locate-many": {"--facts", "--prompts", "--limit", "--model", "-k", "--kind", "--score", "--norm", "--worst",

@@ -263,6 +263,12 @@ def test_the_target_and_its_competitors_must_differ(target: Any, versus: list[An
     assert said == f"`versus` must be distinct tokens other than the target for X; got {versus!r}."
 
 
+def test_text_that_is_no_unicode_is_refused() -> None:
+    wanted = "`text` must be valid Unicode, without lone surrogates; got {}."
+    assert refusal(lambda: bound("a \ud83d")) == wanted.format("\"'a \\\\ud83d'\"")
+    assert refusal(lambda: bound(target="\udc00")) == wanted.format("\"'\\\\udc00'\"")
+
+
 def test_text_without_any_token_is_refused() -> None:
     class Deaf:
         """A tokenizer that finds nothing."""

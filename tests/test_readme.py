@@ -42,6 +42,14 @@ def test_the_benchmark_was_pasted_in():
     assert "a whole MLP zeroed" in block("bench-validating")
 
 
+def test_the_plan_can_be_run(tmp_path):
+    file = tmp_path / "plan.json"
+    file.write_text(block("plan"))
+    plan, beside = rs.read_plan(file)
+    assert plan.cells == {"located": 2, "random": 6}
+    assert beside == {"model": "smollm2-135m", "prompts": {"facts": ["capital", "language"], "limit": 20}}
+
+
 def test_every_score_stands_in_the_tables():
     found = re.search(r"<!-- scores -->\n(.*?)\n\n", README, re.S)
     assert found
@@ -70,6 +78,9 @@ def test_every_score_stands_in_the_tables():
         "sweep",
         "check",
         "check --all-families",
+        "run",
+        "status",
+        "resume",
     ],
 )
 def test_every_command_is_named(name):

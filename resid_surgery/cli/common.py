@@ -3,8 +3,8 @@
 import json
 import sys
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,6 +39,19 @@ Kind = Annotated[
 OneScore = Annotated[str, typer.Option("--score", help="A score's name; `resid-surgery scores --list` has them.")]
 Worst = Annotated[bool, typer.Option("--worst", help="The worst by the score instead of the best.")]
 Layers = Annotated[list[int] | None, typer.Option("--layer", help="Only this layer; repeat for more.")]
+
+
+class Stopped(Exception):  # noqa: N818  (not an error)
+    """The user stopped a command that has something to say about it."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Lets what an interrupt says reach the user."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise Stopped(str(stop) or "stopped") from None
 
 
 def load(model: str, dtype: str | None, device: str | None) -> Any:

@@ -81,7 +81,7 @@ def bootstrap(
             both = one.set_index(unit)[value].sub(pair.set_index(unit)[value]).dropna()
             row |= _interval(both, confidence, resamples, seed, "difference") | {"difference_n": len(both)}
         out.append(row)
-    return pd.DataFrame(out)
+    return pd.DataFrame(out).astype({name: table[name].dtype for name in groups})
 
 
 def _counterpart(cells: pd.DataFrame, wanted: Mapping[str, Any], groups: list[str]) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, final
 
 from resid_surgery._check import index_of, message, whole
+from resid_surgery._html import face_html
 from resid_surgery.errors import PromptError
 
 
@@ -72,6 +73,11 @@ class Prompt:
                 raise PromptError(message("target/versus", "token strings or token ids", token))
         if not isinstance(self.position, str) and index_of(self.position) is None:
             raise PromptError(message("position", "an index or the text of one token", self.position))
+
+    def _repr_html_(self) -> str:
+        said = {"text": self.text} if self.ids is None else {"ids": list(self.ids)}
+        rest = {"target": self.target, "versus": list(self.versus), "position": self.position}
+        return face_html("Prompt", said | rest)
 
 
 def _plain_token(token: Any) -> Any:
@@ -198,6 +204,8 @@ def encode(tokenizer: Any, text: str, **options: bool) -> list[int]:
     Raises:
         PromptError: the tokenizer does not give plain ids.
     """
+    if any("\ud800" <= one <= "\udfff" for one in text):
+        raise PromptError(message("text", "valid Unicode, without lone surrogates", ascii(text)))
     ids = tokenizer.encode(text, **options)
     if not isinstance(ids, (list, tuple)):
         raise PromptError(

@@ -1,0 +1,1 @@
+"""Many prompts, many hours, many machines: plans as data, and runs that survive."""

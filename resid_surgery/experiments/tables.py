@@ -1,0 +1,153 @@
+"""Tables: the columns of a run's Parquet files, known before it starts, and tables made to fit them.
+
+| table | a row | files |
+|---|---|---|
+| prompts | a prompt that was dealt with: done, failed, or unknown to the model | the ledger of what is finished |
+| rows | an operation, or several together, on a prompt | |
+| located | a site of a set found for a prompt | |
+| effects | a token of a row, with its split change (``measure="effect"``) | |
+| failures | a prompt that failed | |
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+
+from resid_surgery._files import utf8
+from resid_surgery.errors import ArgumentError
+from resid_surgery.experiments.cases import Case
+from resid_surgery.experiments.plans import Plan
+
+TEXT, WHOLE, REAL = pa.string(), pa.int64(), pa.float64()
+ABOUT = {"prompt": WHOLE, "text": TEXT, "target": TEXT}
+SPOT = {"operation": TEXT, "site": TEXT, "kind": TEXT, "layer": WHOLE, "head": WHOLE, "index": WHOLE, "source": WHOLE,
+        "expert": WHOLE, "position": WHOLE, "token": TEXT, "size": WHOLE}  # fmt: skip
+MEASURED = {
+    "bs": {"direct": REAL, "frame": TEXT},
+    "log_prob": {"log_prob": REAL, "log_prob_change": REAL, "prob": REAL, "kl": REAL, "direct": REAL, "frame": TEXT},
+    "all": {"log_prob": REAL, "log_prob_change": REAL, "prob": REAL, "kl": REAL, "rank": WHOLE, "top": TEXT,
+            "entropy": REAL, "direct": REAL, "frame": TEXT},
+    "effect": {"log_prob": REAL, "log_prob_change": REAL, "prob": REAL, "kl": REAL, "rank": WHOLE, "top": TEXT,
+               "entropy": REAL, "direct": REAL, "post_norm": REAL, "norm_scale": REAL, "indirect": REAL},
+}  # fmt: skip
+LOCATED = {"set": TEXT, "rank": WHOLE, "site": TEXT, "kind": TEXT, "layer": WHOLE, "score_name": TEXT, "value": REAL,
+           "bs_target": REAL, "evaluations": WHOLE, "candidates": WHOLE, "proof": TEXT, "norm": TEXT,
+           "position": WHOLE}  # fmt: skip
+EFFECTS = {"row": WHOLE, "token": TEXT, "token_id": WHOLE, "role": TEXT, "bs_before": REAL, "bs_after": REAL,
+           "bs_change": REAL, "direct": REAL, "post_norm": REAL, "norm_scale": REAL, "indirect": REAL, "closure": REAL,
+           "bs_change_centred": REAL, "direct_centred": REAL, "post_norm_centred": REAL, "norm_scale_centred": REAL,
+           "indirect_centred": REAL, "log_prob_before": REAL, "log_prob_after": REAL, "log_prob_change": REAL,
+           "prob_before": REAL, "prob_after": REAL, "rank_before": WHOLE, "rank_after": WHOLE}  # fmt: skip
+CLEAN = {"n_tokens": WHOLE, "position": WHOLE, "status": TEXT, "rows": WHOLE, "bs_target": REAL, "log_prob": REAL,
+         "prob": REAL, "rank": WHOLE, "entropy": REAL, "top": TEXT}  # fmt: skip
+FAILURES = {"stage": TEXT, "error": TEXT, "message": TEXT, "traceback": TEXT}
+LEDGER = "prompts"
+TABLES = ("prompts", "rows", "located", "effects", "failures")
+
+
+def schemas(plan: Plan, cases: Sequence[Case], versus: int) -> dict[str, pa.Schema]:
+    """The columns of every table of a run, in order.
+
+    Args:
+        plan, cases: of the run. versus: the most competitors that a prompt has.
+    """
+    labels = label_types(cases)
+    axes = {name: type_of(name, values) for name, values in plan.axes.items()}
+    about = ABOUT | labels
+    found = {"prompts": about | CLEAN, "failures": about | FAILURES}
+    if plan.intervene:
+        bs = {f"bs_{name}": REAL for at in _readouts(versus) for name in (at, f"change_{at}")}
+        found["rows"] = (
+            {"prompt": WHOLE, "row": WHOLE} | about | {"arm": TEXT} | axes | SPOT | bs | MEASURED[plan.measure]
+        )
+    if any("sites" not in one for one in plan.locate.values()):
+        versus_bs = {f"bs_{at}": REAL for at in _readouts(versus)}
+        found["located"] = about | {"set": TEXT} | axes | LOCATED | versus_bs
+    if plan.intervene and plan.measure == "effect":
+        found["effects"] = about | {"row": WHOLE, "arm": TEXT} | axes | EFFECTS
+    return {name: pa.schema(list(found[name].items())) for name in TABLES if name in found}
+
+
+def taken(plan: Plan) -> set[str]:
+    """Columns that no label may be called."""
+    every = (ABOUT, SPOT, LOCATED, EFFECTS, CLEAN, FAILURES, MEASURED["all"], MEASURED["effect"])
+    return {name for some in every for name in some} | {"row", "arm", "versus", "ids", "donors"}
+
+
+def label_types(cases: Sequence[Case]) -> dict[str, pa.DataType]:
+    """The type of every label: whole, real or truth where all values are, else text.
+
+    Raises:
+        ArgumentError: texts and numbers are mixed.
+    """
+    values: dict[str, list[Any]] = {}
+    for case in cases:
+        for name, value in case.labels.items():
+            values.setdefault(name, []).append(value)
+    return {name: type_of(name, some) for name, some in values.items()}
+
+
+def type_of(name: str, values: Sequence[Any]) -> pa.DataType:
+    """The type of a column of plain values.
+
+    Raises:
+        ArgumentError: texts and numbers are mixed.
+    """
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {bool} and kinds:
+        return pa.bool_()
+    if kinds <= {str}:
+        return TEXT
+    if kinds == {int}:
+        return WHOLE
+    if kinds <= {int, float} and all(abs(value) <= 2**53 for value in values if isinstance(value, int)):
+        return REAL
+    raise ArgumentError(f"`{name}` must have values of one kind (texts, numbers or truths), and whole numbers beside "
+                        f"others must be at most 2**53; got {values[:5]}.")  # fmt: skip
+
+
+def fit(table: pd.DataFrame, schema: pa.Schema) -> pa.Table:
+    """A table with exactly a schema's columns; those that are missing are empty.
+
+    Raises:
+        KeyError: the table has a column that the schema has not.
+    """
+    odd = [name for name in table.columns if name not in schema.names]
+    if odd:
+        raise KeyError(f"columns {odd} are in no schema of this run: {schema.names}")
+    columns = [_array(table[name], kind) if name in table else pa.nulls(len(table), kind)
+               for name, kind in zip(schema.names, schema.types, strict=True)]  # fmt: skip
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def frame(table: pa.Table) -> pd.DataFrame:
+    """An Arrow table as pandas; whole numbers stay whole where some are missing."""
+    whole = {field.name: pd.Int64Dtype() for field in table.schema if pa.types.is_integer(field.type)
+             and table[field.name].null_count}  # fmt: skip
+    plain = table.drop_columns(list(whole)).to_pandas()
+    for name in whole:
+        plain[name] = table[name].to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+    return pd.DataFrame(plain[table.column_names])
+
+
+def said(number: int, case: Case, text: Mapping[str, str]) -> dict[str, Any]:
+    """What every row of a prompt says of it."""
+    return {"prompt": number} | {name: escaped(value) for name, value in {**text, **case.labels}.items()}
+
+
+def escaped(value: Any) -> Any:
+    """A text without the lone surrogates that no file takes; anything else as it is."""
+    return utf8(value).decode() if isinstance(value, str) else value
+
+
+def _readouts(versus: int) -> list[str]:
+    return ["target", *(f"versus_{i}" for i in range(1, versus + 1))]
+
+
+def _array(values: "pd.Series[Any]", kind: pa.DataType) -> pa.Array:
+    if kind == TEXT:
+        plain = [None if value is None or value is pd.NA or value != value else escaped(value) for value in values]
+        return pa.array(plain, TEXT)
+    return pa.Array.from_pandas(values, type=kind)
