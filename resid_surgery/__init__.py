@@ -9,7 +9,7 @@ from typing import Any
 _HOMES = {
     "errors": (
         "ResidSurgeryError ArgumentError SiteError PromptError LoadError UnsupportedModelError "
-        "ClosureError StaleRecordingError InterventionError"
+        "ClosureError StaleRecordingError InterventionError RunError"
     ),
     "sites": "Site Neuron ExpertNeuron SharedNeuron Head HeadSource AttnNeuron Sublayer Resid Bias Constant Projection",
     "addresses": "Slice At Edge parse_site",
@@ -19,11 +19,15 @@ _HOMES = {
     "models.layout": "BlockLayout Layout",
     "models.opening": "OpenedModel",
     "stream.recording": "Recording record",
+    "stream.grouping": "record_each",
     "stream.loading": "load",
     "stream.tables": "decompose lens spectrum stream_bs predictions",
     "stream.knowing": "facts",
+    "stream.everywhere": "lens_positions attention_weights",
     "attribution.catalogue": "describe_scores",
+    "attribution.adding": "add_bs_values add_subvalues",
     "attribution.scores": "scores counts",
+    "attribution.by_layer": "best_share separation",
     "attribution.locating": "Located locate locate_each locate_many",
     "attribution.curves": "probability_curve cumulated",
     "attribution.sources": "sources",
@@ -71,8 +75,17 @@ _HOMES = {
     "editing.reports": "Validation diff_reports",
     "editing.budgets": "Budget",
     "editing.validating": "validate",
+    "experiments.cases": "Case read_cases",
+    "experiments.plans": "Plan read_plan",
+    "experiments.on_ray": "OnRay",
+    "experiments.reading": "Run open_run read_run",
+    "experiments.runs": "run",
     "views.plots": "plot_stream plot_grid",
     "views.figures": "plot_intervals plot_layers plot_cumulated plot_probability",
+    "views.profiles": "plot_layer_scores plot_counts plot_shares plot_separation plot_addition plot_study",
+    "views.maps": "plot_tokens plot_head_sources plot_lens",
+    "views.waterfall": "plot_ledger",
+    "views.paper": "plot_paper",
     "views.circuits": "plot_sources plot_removed plot_cross_layer plot_locations plot_heads plot_graph",
     "views.edits": "plot_exposure plot_retention",
     "views.report": "write_report",

@@ -4,19 +4,21 @@ Tables go to stdout, or JSON with ``--json``; progress goes to stderr, on a term
 models, files and tokens that are no good give one line and exit code 2.
 """
 
+import gc
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from resid_surgery.cli import operating, scoring, tracing, validating  # noqa: F401  (they register their commands, in this order)
+from resid_surgery.cli import operating, running, scoring, tracing, validating  # noqa: F401  (they register their commands, in this order)
 from resid_surgery.cli.common import (
     AsJson,
     Device,
     Dtype,
     Model,
     Rows,
+    Stopped,
     Target,
     Text,
     Versus,
@@ -147,12 +149,17 @@ def _check_families(types: list[str] | None, dtype: str, markdown: bool, as_json
 
 def run() -> None:
     """Entry point: what is no good gives one line on stderr and exit code 2, and no traceback."""
-    from resid_surgery.errors import ResidSurgeryError
+    from resid_surgery.errors import ResidSurgeryError, RunError
 
     try:
         raise SystemExit(app(standalone_mode=False, prog_name="resid-surgery") or 0)
+    except RunError as error:
+        _fail(str(error), 1)
     except (ResidSurgeryError, OSError) as error:
         _fail(str(error))
+    except Stopped as stop:
+        gc.freeze()  # what is left goes with the process: collecting a model's objects first would take a second
+        _fail(str(stop), 130)
     except typer.Abort:
         raise SystemExit(130) from None
     except Exception as error:
@@ -162,6 +169,6 @@ def run() -> None:
         _fail(text or "no command given; see resid-surgery --help")
 
 
-def _fail(text: str) -> None:
+def _fail(text: str, code: int = 2) -> None:
     sys.stderr.write(f"resid-surgery: {' '.join(text.split())}\n")
-    raise SystemExit(2) from None
+    raise SystemExit(code) from None

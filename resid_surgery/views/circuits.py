@@ -7,7 +7,9 @@ import pandas as pd
 from resid_surgery._check import message, whole
 from resid_surgery.errors import ArgumentError
 from resid_surgery.evidence.graphs import SourceGraph
-from resid_surgery.views.figures import axes_of, need_columns
+from resid_surgery.views.figures import axes_of, convention, need_columns
+from resid_surgery.views.lettering import plain, quoted
+from resid_surgery.views.shading import Shades, largest, show_cells, write_cells
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +53,7 @@ def plot_sources(table: pd.DataFrame, *, reader: str | None = None, ax: "Axes | 
         ax.barh(at, wide[key], height=high, hatch=("", "///", "...")[i % 3], edgecolor="black", lw=0.5, label=str(key))
     ax.set_yticks(range(len(wide)), wide.index)
     ax.axvline(0, lw=0.8, color="grey")
-    ax.set_xlabel(f"share ({rows['unit'].iloc[0]})")
+    ax.set_xlabel(plain(f"share ({rows['unit'].iloc[0]})"))
     ax.set_title(f"What {name} reads")
     ax.legend(frameon=False, fontsize=8)
     ax.grid(axis="x", alpha=0.25)
@@ -86,7 +88,8 @@ def plot_removed(table: pd.DataFrame, *, reader: str | None = None, ax: "Axes | 
     ):
         ax.plot(rows.index, rows[column], style, marker=mark, ms=4, lw=1.3, label=label)
     _steps(ax, rows)
-    ax.set_ylabel(f"change of {rows['readout'].iloc[0]}")
+    unit = rows["unit"].iloc[0] if "unit" in rows else ""
+    ax.set_ylabel(plain(f"change of {rows['readout'].iloc[0]}") + convention(rows, unit, apart="\n"))
     ax.set_title(f"What {name} writes without each lower vector")
     ax.legend(frameon=False)
     return ax
@@ -114,7 +117,7 @@ def plot_cross_layer(table: pd.DataFrame, *, layer: int | None = None, ax: "Axes
     for column, style, mark in (("helpful", "-", "o"), ("unhelpful", "--", "s")):
         ax.plot(rows.index, rows[column], style, marker=mark, ms=4, lw=1.3, label=f"{column} neurons")
     _steps(ax, rows)
-    ax.set_ylabel(f"lent towards {rows['readout'].iloc[0]}")
+    ax.set_ylabel(plain(f"lent towards {rows['readout'].iloc[0]}") + convention(rows, apart="\n"))
     ax.set_title(f"What each lower vector lends the MLP of layer {number}")
     ax.legend(frameon=False)
     return ax
@@ -123,7 +126,7 @@ def plot_cross_layer(table: pd.DataFrame, *, layer: int | None = None, ax: "Axes
 def _steps(ax: "Axes", rows: pd.DataFrame) -> None:
     """Lower vectors along the axis: a tick at the attention of every few layers."""
     attention = rows[rows["part"] == "attn"]
-    every = max(1, len(attention) // 15)
+    every = -(-len(attention) // 15)
     ax.set_xticks(attention.index[::every], [f"L{i}" for i in attention["writer_layer"].iloc[::every]])
     ax.axhline(0, lw=0.8, color="grey")
     ax.set_xlabel("lower vector in forward order: embed, then attention and MLP of each layer")
@@ -154,9 +157,16 @@ def plot_locations(table: pd.DataFrame, *, kind: str = "neuron", ax: "Axes | Non
             ax.bar(at, counts[role], 0.4, hatch=("", "///")[i], edgecolor="black", lw=0.5, label=f"{role} {kind}s")
     ax.set_xlabel("layer")
     ax.set_ylabel("subvalues among the best")
+    ax.yaxis.set_major_locator(_whole_numbers())
     ax.legend(frameon=False)
     ax.grid(axis="y", alpha=0.25)
     return ax
+
+
+def _whole_numbers() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(integer=True)
 
 
 def plot_heads(table: pd.DataFrame, value: str, *, label: str = "", ax: "Axes | None" = None) -> "Axes":
@@ -174,19 +184,14 @@ def plot_heads(table: pd.DataFrame, value: str, *, label: str = "", ax: "Axes | 
     need_columns(table, "layer", "head", value)
     grid = table.pivot_table(index="head", columns="layer", values=value)
     ax = axes_of(ax, 1.5 + 0.3 * grid.shape[1], 1.2 + 0.32 * grid.shape[0])
-    size = max(1e-30, float(grid.abs().max().max()))
-    signed = bool((grid < 0).any().any())
-    low, colours = (-size, "PuOr") if signed else (0.0, "Greys")
-    shown = ax.imshow(grid, aspect="auto", origin="lower", cmap=colours, vmin=low, vmax=size)
-    for _, row in table.nlargest(6, value).iterrows():
-        at = (list(grid.columns).index(row["layer"]), list(grid.index).index(row["head"]))
-        ax.text(*at, f"{row[value]:.2f}", ha="center", va="center", fontsize=6, color="white")
+    values, shades = grid.to_numpy(dtype=float), Shades.of(grid)
+    show_cells(ax, values, shades, label=label or plain(value))
+    write_cells(ax, values, largest(values, 6), shades, 6)
     every = max(1, grid.shape[1] // 15)
     ax.set_xticks(range(0, grid.shape[1], every), [str(i) for i in grid.columns[::every]])
     ax.set_yticks(range(grid.shape[0]), [str(i) for i in grid.index])
     ax.set_xlabel("layer")
     ax.set_ylabel("head")
-    ax.figure.colorbar(shown, ax=ax, label=label or value)
     return ax
 
 
@@ -223,10 +228,11 @@ def plot_graph(graph: SourceGraph, *, edges: int = 60, fan: int = 3, ax: "Axes |
         ax.plot(*zip(*points, strict=True), MARKS.get(str(kind), "x"), ms=size, mfc="white", mec="black", ls="none",
                 label=str(kind).replace("_", ", "), zorder=3)  # fmt: skip
     for (site, _), place in spots.items():
-        ax.annotate(site, place, xytext=(0, 7), textcoords="offset points", fontsize=7, ha="center", zorder=4)
+        ax.annotate(site, place, xytext=(0, 7), textcoords="offset points", fontsize=7, ha="center", zorder=4,
+                    bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.4})  # fmt: skip
     _around(ax, graph, levels, columns)
     left = len(graph.edges) - len(drawn)
-    ax.set_title(f"{graph.readout}: {len(drawn)} edges drawn" + (f", {left} left out" if left else ""))
+    ax.set_title(f"{plain(graph.readout)}: {len(drawn)} edges drawn" + (f", {left} left out" if left else ""))
     return ax
 
 
@@ -300,7 +306,7 @@ def _edges(ax: "Axes", graph: SourceGraph, drawn: pd.DataFrame, places: dict[str
 
 
 def _around(ax: "Axes", graph: SourceGraph, levels: dict[float, str], columns: dict[int, tuple[float, str]]) -> None:
-    ax.set_xticks([x for x, _ in columns.values()], [f"{p}: {token!r}" for p, (_, token) in columns.items()])
+    ax.set_xticks([x for x, _ in columns.values()], [f"{p}: {quoted(token, 14)}" for p, (_, token) in columns.items()])
     ax.set_yticks(list(levels), list(levels.values()), fontsize=8)
     ax.margins(0.06, 0.08)
     ax.set_xlabel("position")

@@ -6,13 +6,14 @@ import pandas as pd
 
 from resid_surgery._check import message
 from resid_surgery.errors import ArgumentError
+from resid_surgery.views.lettering import plain, series
 from resid_surgery.views.plots import pyplot_module
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_STYLES = ("-", "--", ":", "-.")
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+STYLES = ("-", "--", ":", "-.")
 
 
 def plot_intervals(
@@ -43,10 +44,10 @@ def plot_intervals(
     ax = axes_of(ax, 7.2, 1.2 + 0.3 * len(rows))
     left, right = rows[value] - rows[low], rows[high] - rows[value]
     ax.errorbar(rows[value], range(len(rows)), xerr=[left, right], fmt="o", color="black", ms=4, capsize=3, lw=1)
-    ax.set_yticks(range(len(rows)), rows[label].astype(str))
+    ax.set_yticks(range(len(rows)), rows[label].map(plain))
     if mark is not None:
         ax.axvline(mark, ls="--", lw=1, color="grey")
-    ax.set_xlabel(xlabel or value)
+    ax.set_xlabel(xlabel or plain(value))
     ax.grid(axis="x", alpha=0.25)
     return ax
 
@@ -71,10 +72,10 @@ def plot_layers(
     groups = [(value, table)] if hue is None else list(table.groupby(hue, sort=False))
     for i, (name, rows) in enumerate(groups):
         curve = rows.groupby("layer")[value].mean()
-        ax.plot(curve.index, curve, _STYLES[i % 4], marker=_MARKS[i % 8], ms=4, lw=1.4, label=str(name))
+        ax.plot(curve.index, curve, STYLES[i % 4], marker=MARKS[i % 8], ms=4, lw=1.4, label=series(name))
     ax.axhline(0, lw=0.8, color="grey")
     ax.set_xlabel("layer")
-    ax.set_ylabel(ylabel or value)
+    ax.set_ylabel(ylabel or plain(value))
     ax.grid(alpha=0.25)
     if hue is not None:
         ax.legend(frameon=False)
@@ -104,8 +105,8 @@ def plot_cumulated(table: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
         fitted = [line["slope"] * one + line["intercept"] for one in ends]
         name = f"{line['slope']:.3f} x {line['intercept']:+.3f}, r = {line['r']:.4f}"
         ax.plot(ends, fitted, "--", lw=1.2, color="C3", label=name)
-    ax.set_xlabel("sum of log-prob increases (nats)")
-    ax.set_ylabel("log-prob increase of the sum (nats)")
+    ax.set_xlabel(f"sum of log-prob increases{convention(table, 'nats')}")
+    ax.set_ylabel(f"log-prob increase of the sum{convention(table, 'nats')}")
     ax.legend(frameon=False, fontsize=8)
     ax.grid(alpha=0.25)
     return ax
@@ -126,10 +127,12 @@ def plot_probability(table: pd.DataFrame, *, log: bool = False, ax: "Axes | None
     need_columns(table, "site", "times", "prob", "log_prob")
     ax = axes_of(ax, 5.2, 4)
     for i, (site, curve) in enumerate(table.groupby("site", sort=False)):
-        ax.plot(curve["times"], curve["log_prob" if log else "prob"], _STYLES[i % 4], lw=1.6, label=str(site))
+        ax.plot(curve["times"], curve["log_prob" if log else "prob"], STYLES[i % 4], lw=1.6, label=series(site))
     ax.axvline(1, lw=0.8, color="grey")
     ax.set_xlabel("l: times its own coefficient")
-    ax.set_ylabel("log F(l): log p(target), nats" if log else "F(l): p(target)")
+    ax.set_ylabel(
+        "log F(l): log p(target)" + convention(table, "nats") if log else "F(l): p(target)" + convention(table)
+    )
     ax.legend(frameon=False, fontsize=8)
     ax.grid(alpha=0.25)
     return ax
@@ -148,3 +151,19 @@ def axes_of(ax: "Axes | None", wide: float, high: float) -> "Axes":
     """Where to draw: the Axes given, or a new figure's."""
     pyplot = pyplot_module()
     return pyplot.subplots(figsize=(wide, high), layout="constrained")[1] if ax is None else ax
+
+
+def need_numbers(table: pd.DataFrame, *columns: str) -> None:
+    """Refuse columns that hold no numbers, and tables without rows."""
+    if table.empty:
+        raise ArgumentError(message("table", "of at least one row", "an empty table"))
+    for name in columns:
+        if not pd.api.types.is_numeric_dtype(table[name]) or pd.api.types.is_bool_dtype(table[name]):
+            raise ArgumentError(message(f"table[{name!r}]", "a column of numbers", table[name].dtype))
+
+
+def convention(table: pd.DataFrame, unit: str = "", *, apart: str = " ") -> str:
+    """A unit and the norm that a table says of itself, in brackets behind a blank: " (nats, frozen norm)"."""
+    norms = list(dict.fromkeys(map(str, table["norm"]))) if "norm" in table else []
+    said = [*([unit] if unit else []), *([f"{' and '.join(norms)} norm"] if norms else [])]
+    return f"{apart}({', '.join(said)})" if said else ""

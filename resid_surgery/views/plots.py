@@ -8,6 +8,8 @@ import pandas as pd
 from resid_surgery._check import message
 from resid_surgery.errors import ArgumentError
 from resid_surgery.sites import Neuron, Site
+from resid_surgery.views.lettering import plain, quoted
+from resid_surgery.views.shading import Shades, largest, show_cells, write_cells
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +37,7 @@ def plot_stream(stream: pd.DataFrame, *, marked: Sequence[Site] = (), ax: "Axes 
         _, ax = pyplot.subplots(figsize=(10, 5.2), layout="constrained")
     target = stream[stream["role"] == "target"]
     for i, (token, curve) in enumerate(stream.groupby("token", sort=False)):
-        ax.plot(curve["step"], curve["bs_value"], _STYLES[i % 4], lw=2.2 if i == 0 else 1.6, label=repr(token))
+        ax.plot(curve["step"], curve["bs_value"], _STYLES[i % 4], lw=2.2 if i == 0 else 1.6, label=quoted(token))
     _mark(ax, target, marked)
     layers = target.groupby("layer")["step"].min()
     every = max(1, len(layers) // 15)
@@ -69,15 +71,16 @@ def _mark(ax: "Axes", target: pd.DataFrame, marked: Sequence[Site]) -> None:
         left = i % 2 == 0 or i == len(seen) - 1
         ax.annotate(f"{sites[0]}{more}", heights.get(name, ends), xytext=(-14 if left else 14, 12 if left else -12),
                     textcoords="offset points", fontsize=7, ha="right" if left else "left", va="center",
+                    bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.4},
                     arrowprops={"arrowstyle": "-", "lw": 0.5})  # fmt: skip
     ax.margins(y=0.1)
-    ax.set_xlim(right=last["step"] * 1.08)
+    ax.set_xlim(right=last["step"] * 1.12)
 
 
 def plot_grid(
     table: pd.DataFrame, value: str, *, rows: str = "layer", columns: str | None = None, ax: "Axes | None" = None
 ) -> "Axes":
-    """A sweep as a heat map: one cell a row of the table, red above 0 and blue below.
+    """A sweep as a heat map: one cell a row of the table, the largest with their numbers.
 
     Args:
         table: from `sweep` or `patching`. value: the column to show. rows, columns: coordinates; columns are
@@ -107,17 +110,18 @@ def plot_grid(
     if ax is None:
         wide, high = (min(14.0, 2.4 + 0.42 * values.shape[1]), min(10.0, 1.6 + 0.22 * values.shape[0]))
         _, ax = pyplot.subplots(figsize=(max(5.0, wide), max(3.0, high)), layout="constrained")
-    most = max(1e-12, float(pd.Series(values.ravel()).abs().max()))
-    image = ax.imshow(values, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto", origin="lower")
-    ax.figure.colorbar(image, ax=ax, label=_UNITS.get(value, value))
-    names = [str(one) for one in cells.columns]
+    shades = Shades.of(values)
+    show_cells(ax, values, shades, label=_UNITS.get(value, plain(value)))
+    written = values.size if values.shape[0] <= 40 and values.shape[1] <= 12 else 12
+    write_cells(ax, values, largest(values, written), shades, 6)
+    names = [plain(one) for one in cells.columns]
     if columns == "position" and "token" in table:
         tokens = table.drop_duplicates("position").set_index("position")["token"]
-        names = [f"{at} {tokens[at]!r}" for at in cells.columns]
-    for axis, labels, name in ((ax.xaxis, names, columns), (ax.yaxis, [str(one) for one in cells.index], rows)):
+        names = [f"{at} {quoted(tokens[at], 16)}" for at in cells.columns]
+    for axis, labels, name in ((ax.xaxis, names, columns), (ax.yaxis, [plain(one) for one in cells.index], rows)):
         every = max(1, len(labels) // 30)
         axis.set_ticks(range(0, len(labels), every), labels[::every])
-        axis.set_label_text(name)
+        axis.set_label_text(plain(name))
     if max(map(len, names)) > 3:
         ax.tick_params(axis="x", rotation=45)
     return ax
