@@ -27,7 +27,8 @@ class NotHere:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-sys.meta_path.insert(0, NotHere())  # type: ignore[arg-type]
+if __name__ == "__main__":
+    sys.meta_path.insert(0, NotHere())  # type: ignore[arg-type]
 
 import nnsight  # noqa: E402
 import torch  # noqa: E402

@@ -11,8 +11,8 @@ from resid_surgery.cli.common import AsJson, Device, Dtype, Rows, app, load, pri
 Folder = Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a run.")]
 OtherModel = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="A name, hub id, folder or .gguf file; default: the plan's, the run's, or "
-                 "smollm2-135m."),
+    typer.Option("--model", "-m", help="A name, hub id, folder or .gguf file; default: what the plan's file "
+                 "names (else smollm2-135m), or what the run was on."),
 ]  # fmt: skip
 Executor = Annotated[str, typer.Option(help="local (this process) or ray (needs resid-surgery[ray]).")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Of ray: how many actors; default: one a core, or a GPU.")]

@@ -18,6 +18,7 @@ import networkx
 import pandas as pd
 
 from resid_surgery import _check
+from resid_surgery._html import face_html
 from resid_surgery.attribution.aims import Aim, aim_of, need_readout
 from resid_surgery.attribution.asking import Ask
 from resid_surgery.attribution.shares import Writers
@@ -58,6 +59,9 @@ class SourceGraph:
             f"SourceGraph({self.readout} on {self.rec.model.name}: {len(self.nodes)} nodes, {followed} followed, "
             f"{len(self.edges)} edges, closure {self.readings['closure'].max():.1g})"
         )
+
+    def _repr_html_(self) -> str:
+        return face_html(repr(self), self.edges.sort_values("priority", ascending=False), self.readings.head(3))
 
     def to_networkx(self) -> networkx.MultiDiGraph:
         """A directed multigraph, writer -> reader, keyed by the reading; attributes are the tables' columns."""

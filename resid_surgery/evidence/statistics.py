@@ -81,6 +81,11 @@ def bootstrap(
             both = one.set_index(unit)[value].sub(pair.set_index(unit)[value]).dropna()
             row |= _interval(both, confidence, resamples, seed, "difference") | {"difference_n": len(both)}
         out.append(row)
+    if against and not any(row["difference_n"] for row in out):
+        must = "levels whose rows share the other columns of `by` with some group"
+        raise ArgumentError(
+            _check.message("against", must, dict(against), do="Leave out of `by` what they do not have.")
+        )
     return pd.DataFrame(out).astype({name: table[name].dtype for name in groups})
 
 

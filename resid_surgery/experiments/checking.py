@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, final
 
+import xxhash
+
 from resid_surgery import _check
 from resid_surgery.addresses import At, Edge, as_sites, expand
 from resid_surgery.attribution.catalogue import check_scores
@@ -48,11 +50,13 @@ class Checked:
     Attributes:
         groups: numbers of cases that are recorded together: of one length and predicting position.
         bad: number -> why the case cannot be run. versus: the most competitors that a case has.
+        tokens: hash of every prompt's ids, position and targets, which tell one tokenizer from another.
     """
 
     groups: tuple[tuple[int, ...], ...]
     bad: Mapping[int, ResidSurgeryError]
     versus: int
+    tokens: str
 
 
 def check(model: OpenedModel, plan: Plan, cases: Sequence[Case]) -> Checked:
@@ -67,7 +71,7 @@ def check(model: OpenedModel, plan: Plan, cases: Sequence[Case]) -> Checked:
     _check_donors(model, plan)
     bad: dict[int, ResidSurgeryError] = {}
     lengths: dict[tuple[int, int], list[int]] = {}
-    rows, most = None, 0
+    rows, most, tokens = None, 0, xxhash.xxh3_128()
     for number, case in enumerate(cases):
         try:
             bound = bind_case(model, plan, case)
@@ -77,13 +81,14 @@ def check(model: OpenedModel, plan: Plan, cases: Sequence[Case]) -> Checked:
         if rows is None:
             rows = _rows_about(model, plan, case, bound)
         most = max(most, len(bound.versus))
+        tokens.update(repr((number, bound.ids, bound.position, bound.readouts)).encode())
         lengths.setdefault((len(bound.ids), bound.position), []).append(number)
     if rows is None:
         first = next(iter(bad.values()))
         raise type(first)(f"none of {len(cases)} prompts can be run on {model.name}; prompt 0: {first}") from first
     size = max(1, min(LARGEST_GROUP, ROWS_A_GROUP // max(1, rows)))
     groups = [group for (length, _), some in lengths.items() for group in _groups(model, length, some, size)]
-    return Checked(tuple(sorted(groups)), bad, most)
+    return Checked(tuple(sorted(groups)), bad, most, tokens.hexdigest())
 
 
 def _groups(model: OpenedModel, length: int, numbers: Sequence[int], most: int) -> Iterator[tuple[int, ...]]:
@@ -203,8 +208,8 @@ def _rows_about(model: OpenedModel, plan: Plan, case: Case, bound: BoundPrompt) 
                 located = any(referred(text) in plan.locate for text in as_list(one["sites"]))
                 count = check_sites(model, named)
                 if each and any(isinstance(site, At) for site in as_sites(named)):
-                    raise ArgumentError(_check.message("sites", "without an @position of their own where positions is 'each'",
-                                                       one["sites"]))  # fmt: skip
+                    must = "without an @position of their own where positions is 'each'"
+                    raise ArgumentError(_check.message("sites", must, one["sites"]))
                 built = build(scene, dict(one) | ({"positions": "target"} if each else {}), values, own)
                 if not located:
                     _check_values(model, bound, built)

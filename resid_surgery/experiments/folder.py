@@ -54,7 +54,7 @@ class Folder:
         """
         if not isinstance(out, (str, os.PathLike)) or not str(out).strip():
             raise ArgumentError(_check.message("out", "the path of a folder", out))
-        path = Path(out)
+        path = Path(out).expanduser().absolute()
         if path.exists() and not path.is_dir():
             raise ArgumentError(_check.message("out", "the path of a folder, not of a file", str(out)))
         return cls(path)
@@ -205,10 +205,15 @@ class Folder:
 
     def statuses(self) -> dict[int, str]:
         """Prompt number -> "done", "failed" or "unknown", of those that were dealt with; the last word counts."""
-        found: dict[int, str] = {}
-        for shard in self.shards():
-            table = pq.read_table(self.path / LEDGER / f"{shard}.parquet", columns=["prompt", "status"])
-            found |= dict(zip(table["prompt"].to_pylist(), table["status"].to_pylist(), strict=True))
+        return {number: status for number, (status, _) in self.ledger(self.shards()).items()}
+
+    def ledger(self, shards: Sequence[str]) -> dict[int, tuple[str, int]]:
+        """Prompt number -> (status, how many rows it has), by some shards; the last word counts."""
+        found: dict[int, tuple[str, int]] = {}
+        for shard in shards:
+            table = pq.read_table(self.path / LEDGER / f"{shard}.parquet", columns=["prompt", "status", "rows"])
+            number, status, rows = (table[name].to_pylist() for name in ("prompt", "status", "rows"))
+            found |= dict(zip(number, zip(status, rows, strict=True), strict=True))
         return found
 
     @contextmanager

@@ -187,8 +187,8 @@ def _alignment(brief: str, align: tuple[tuple[Any, Any], ...]) -> dict[str, Any]
     """An alignment with texts as keys, as JSON has them: an index' own, so that no token's text may look like one."""
     for p, _ in align:
         if not isinstance(p, int) and (not isinstance(p, str) or indexed(p)):
-            raise ArgumentError(f"`align` of {brief} must have indices, or tokens' texts other than numbers, in a plan; "
-                                f"got {p!r}. Give the token's index.")  # fmt: skip
+            must = "of indices, or tokens' texts other than numbers, in a plan"
+            raise ArgumentError(_check.message(f"align of {brief}", must, p, do="Give the token's index."))
     return {str(p): _escaped(q) for p, q in align}
 
 

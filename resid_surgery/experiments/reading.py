@@ -48,13 +48,15 @@ class Run:
     def status(self) -> dict[str, Any]:
         """How far it is: prompts, done, failed, unknown, left, rows, shards, bytes, running (who writes), finished."""
         folder = Folder(self.out)
-        total, statuses = folder.manifest()["prompts"]["number"], list(folder.statuses().values())
-        counts = {name: statuses.count(name) for name in ("done", "failed", "unknown")}
-        rows = self.dataset("rows").count_rows() if "rows" in self.tables else 0
-        size = sum(file.stat().st_size for name in TABLES for file in (self.out / name).glob("s*.parquet"))
-        left = total - len(statuses)
-        return {"prompts": total, **counts, "left": left, "rows": rows, "shards": len(folder.shards()), "bytes": size,
-                "running": folder.running, "finished": left == 0}  # fmt: skip
+        running, shards = folder.running, folder.shards()  # in this order: all else is of these shards
+        dealt = folder.ledger(shards)
+        said = [status for status, _ in dealt.values()]
+        total = folder.manifest()["prompts"]["number"]
+        counts = {name: said.count(name) for name in ("done", "failed", "unknown")}
+        files = [self.out / name / f"{shard}.parquet" for name in TABLES for shard in shards]
+        return {"prompts": total, **counts, "left": total - len(dealt), "rows": sum(rows for _, rows in dealt.values()),
+                "shards": len(shards), "bytes": sum(file.stat().st_size for file in files if file.exists()),
+                "running": running, "finished": len(dealt) == total}  # fmt: skip
 
     @property
     def tables(self) -> tuple[str, ...]:

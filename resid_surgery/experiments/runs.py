@@ -7,6 +7,7 @@
    lets it: done, Ctrl-C, SIGTERM, too many failures, an error. After SIGKILL the last few seconds are missing, no more.
 """
 
+import json
 import logging
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from resid_surgery import _check
 from resid_surgery.errors import ArgumentError, RunError
@@ -38,6 +40,7 @@ from resid_surgery.stream.recording import need_model
 
 SECONDS = 10.0
 ROWS = 50_000
+IDLE = ("transformers_version", "architectures", "torch_dtype", "dtype", "quantization_config", "use_cache")
 PACKAGES = ("resid-surgery", "torch", "transformers", "nnsight", "pandas", "pyarrow", "numpy")
 
 
@@ -103,7 +106,7 @@ def run(
         raise ArgumentError("`remote` goes with executor='local': the server is where the work is spread.")
     checked = check(opened, wanted, cases)
     tables = schemas(wanted, cases, checked.versus)
-    manifest = _manifest(opened, wanted, cases, tables)
+    manifest = _manifest(opened, wanted, cases, tables, checked)
     if folder.begun and not resume:
         raise RunError(
             f"{folder.path} holds a run already; leave `resume` on to go on with it, or give another folder."
@@ -216,21 +219,32 @@ def _watch(
     return Watch(total, allowed, log, counts.count("done"), counts.count("failed"), counts.count("unknown"))
 
 
-def _manifest(model: OpenedModel, plan: Plan, cases: Sequence[Case], tables: Mapping[str, Any]) -> dict[str, Any]:
+def _manifest(
+    model: OpenedModel, plan: Plan, cases: Sequence[Case], tables: Mapping[str, Any], checked: Checked
+) -> dict[str, Any]:
     """What a run is; two that agree in "model", "plan" and "prompts" are one."""
     a = model.anatomy
     return {
         "schema": SCHEMA,
         "what": WHAT,
-        "model": {"name": model.name, "fingerprint": model.fingerprint(), "family": a.layout.family,
+        "model": {"name": model.name, "fingerprint": model.fingerprint(), "config": _config_hash(model),
+                  "family": a.layout.family,
                   "dtype": str(model.dtype).removeprefix("torch."), "n_layers": a.n_layers, "d_model": a.d_model},
         "plan": plan.entry(),
         "plan_hash": plan.hash,
-        "prompts": {"number": len(cases), "hash": hash_of(cases)},
+        "prompts": {"number": len(cases), "hash": hash_of(cases), "tokens": checked.tokens},
         "seed": plan.seed,
         "tables": {name: {one.name: str(one.type) for one in schema} for name, schema in tables.items()},
         "origin": _origin(model),
     }  # fmt: skip
+
+
+def _config_hash(model: OpenedModel) -> str:
+    """Hash of what the model's configuration says about its forward (positions, norms, caps), not of where it lies."""
+    config = getattr(model.module, "config", None)
+    held = {} if config is None or not hasattr(config, "to_dict") else config.to_dict()
+    kept = {name: value for name, value in held.items() if not name.startswith("_") and name not in IDLE}
+    return xxhash.xxh3_64_hexdigest(json.dumps(kept, sort_keys=True, default=str).encode())
 
 
 def _origin(model: OpenedModel) -> dict[str, Any] | None:
@@ -273,6 +287,9 @@ def _begin(folder: Folder, manifest: dict[str, Any], cases: Sequence[Case], log:
     held = folder.manifest()
     odd = [line for name in ("model", "plan", "prompts", "tables")
            for line in differences(held.get(name), manifest[name], name)]  # fmt: skip
+    if [line.partition(":")[0] for line in odd] == ["model.name"]:  # a folder that was moved
+        log.warning("the model was called %s, and is %s now", held["model"]["name"], manifest["model"]["name"])
+        odd = []
     if odd:
         more = f" (and {len(odd) - 3} more)" if len(odd) > 3 else ""
         raise RunError(

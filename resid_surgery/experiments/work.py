@@ -28,6 +28,7 @@ from resid_surgery.surgery.measures import Meter
 from resid_surgery.surgery.sweeping import sweep
 
 EFFECTS_AT_ONCE = 16
+KEPT_DONORS = 16
 Numbered = tuple[int, Case]
 
 
@@ -158,11 +159,11 @@ class Worker:
         return {"rows": table} | extra
 
     def _donor(self, case: Case) -> Any:
-        """What stands for a donor: the plan's own prompts are recorded once a worker, a case's when it is its turn."""
+        """What stands for a donor: the plan's own first few are recorded once a worker, all others in their turn."""
         own = {prompt for many in case.donors.values() for prompt in many}
 
         def donor(prompt: Prompt) -> Any:
-            if prompt in own:
+            if prompt in own or (prompt not in self._donors and len(self._donors) >= KEPT_DONORS):
                 return prompt
             if prompt not in self._donors:
                 self._donors[prompt] = record_bound(
