@@ -187,3 +187,14 @@ def forward(model, ops, prompt, **keywords):
 def generate(model, ops, prompt, **options):
     with rs.under(model, ops) as altered:
         return altered.generate(prompt, max_new_tokens=2, **options)
+
+
+@pytest.mark.real
+def test_generation_on_a_cache_without_a_mask_sees_what_came_before(smollm2, paris):
+    ops = [rs.Scale("L23.H4<3", -9.0)]
+    ids = list(paris.prompt.ids)
+    with rs.under(smollm2, ops) as altered:
+        got = altered.generate(ids, max_new_tokens=4)[0].tolist()
+    acted = steps(smollm2, lambda n, m: rs.Scale("L23.H4<3", -9.0, positions=list(range(n - 1, m))), ids, 4)
+    assert got == acted
+    assert acted != steps(smollm2, lambda n, m: rs.Scale("L23.H4<3", 1.0), ids, 4)

@@ -258,7 +258,10 @@ def attention_rows(
     if call.softcap is not None:
         scores = torch.tanh(scores / call.softcap) * call.softcap
     if call.mask is None:
-        seen = torch.arange(scores.shape[-1], device=scores.device) <= torch.tensor(at, device=scores.device)[:, None]
+        # positions of a call that continues a cache are counted from its first query
+        past = call.key.shape[2] - call.query.shape[2] if call.positions is None and call.key is not None else 0
+        last = torch.tensor(at, device=scores.device)[:, None] + past
+        seen = torch.arange(scores.shape[-1], device=scores.device) <= last
         scores = scores.masked_fill(~seen, -torch.inf)
     else:
         mask = call.mask[min(row, call.mask.shape[0] - 1)][:, places, : scores.shape[-1]]
@@ -269,6 +272,6 @@ def attention_rows(
     return torch.softmax(scores, -1).transpose(0, 1)
 
 
-def repeat_kv(kv: Float[Tensor, kv * rest], n_heads: int) -> Float[Tensor, head * rest]:
+def repeat_kv(kv: Float[Tensor, "kv *rest"], n_heads: int) -> Float[Tensor, "head *rest"]:
     """Grouped keys or values repeated so that head h has its own: head h uses group h // (H / KV)."""
     return kv if kv.shape[0] == n_heads else kv.repeat_interleave(n_heads // kv.shape[0], dim=0)
