@@ -3,7 +3,7 @@
 Whatever stands in a cell is text: tokens such as ``<img src=x onerror=alert(1)>`` stay what they are.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from math import isfinite, isinf
 from numbers import Integral, Real
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SHORT = 32
+HUGE = 1.7976931348623157e308
 Classes = Mapping[str, Callable[[Any], str]]
 """Column -> the CSS class of a cell by its value."""
 
@@ -53,34 +54,77 @@ def number_text(value: float, digits: int = 4) -> str:
 
 
 def table_html(
-    frame: "pd.DataFrame", *, caption: str = "", limit: int | None = None, classes: Classes | None = None
+    frame: "pd.DataFrame",
+    *,
+    caption: str = "",
+    limit: int | None = None,
+    classes: Classes | None = None,
+    exact: bool = False,
+    chosen: Sequence[str] = (),
+    shown_with: Mapping[str, tuple[str, str]] | None = None,
 ) -> str:
     """A DataFrame as one HTML table, every text in it escaped; numbers stand to the right.
 
     Args:
         frame: its index is not shown. caption: above it. limit: rows shown; a last row says how many more there are.
-        classes: column -> class of a cell by its value.
+        classes: column -> class of a cell by its value. exact: cells of numbers also hold them with all digits.
+        chosen: columns whose value a row also holds as ``data-<column>``. shown_with: column -> (control, value), which
+            its header then holds: what a script needs to choose rows and columns.
 
     Returns:
         ``<table>...</table>``, without styles or scripts of its own.
     """
     shown = frame if limit is None else frame.head(limit)
     names, side = [str(one) for one in frame.columns], _sides(frame)
-    head = "".join(f"<th{_classed(s)}>{escape(name)}</th>" for name, s in zip(names, side, strict=True))
-    body = "".join(_row(names, side, row, classes or {}) for row in shown.itertuples(index=False, name=None))
-    if len(shown) < len(frame):
-        body += f'<tr><td class="rest" colspan="{len(names)}">and {len(frame) - len(shown)} more rows</td></tr>'
+    head = "".join(_header(name, s, (shown_with or {}).get(name)) for name, s in zip(names, side, strict=True))
+    body = "".join(_row(names, side, row, classes or {}, exact, chosen)
+                   for row in shown.itertuples(index=False, name=None))  # fmt: skip
+    rest = len(frame) - len(shown)
+    foot = f'<tfoot><tr><td class="rest" colspan="{len(names)}">and {rest} more rows</td></tr></tfoot>' if rest else ""
     above = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return f"<table>{above}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<table>{above}<thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table>"
 
 
-def _row(names: list[str], side: list[str], row: tuple[Any, ...], classes: Classes) -> str:
+def face_html(heading: str, *tables: "pd.DataFrame | Mapping[str, Any]", limit: int = 10) -> str:
+    """The notebook face of a value: a line in words, then its tables, cut short.
+
+    Args:
+        heading: the line. tables: DataFrames, or names with values. limit: rows of each.
+    """
+    frames = [_named(table) if isinstance(table, Mapping) else table for table in tables]
+    told = "".join(table_html(frame, limit=limit) for frame in frames if len(frame))
+    return f"<div><p><strong>{escape(heading)}</strong></p>{told}</div>"
+
+
+def _named(values: Mapping[str, Any]) -> "pd.DataFrame":
+    import pandas as pd
+
+    return pd.DataFrame({"name": list(values), "value": pd.Series(list(values.values()), dtype=object)})
+
+
+def _header(name: str, side: str, with_what: tuple[str, str] | None) -> str:
+    held = "" if with_what is None else f' data-control="{escape(with_what[0])}" data-value="{escape(with_what[1])}"'
+    return f"<th{_classed(side)}{held}>{escape(name)}</th>"
+
+
+def _row(
+    names: list[str], side: list[str], row: tuple[Any, ...], classes: Classes, exact: bool, chosen: Sequence[str]
+) -> str:
     cells = []
     for name, where, value in zip(names, side, row, strict=True):
         text = cell_text(value)
         kinds = (where, classes[name](value) if name in classes else "", "s" if len(text) <= SHORT else "")
-        cells.append(f"<td{_classed(' '.join(filter(None, kinds)))}>{escape(text)}</td>")
-    return f"<tr>{''.join(cells)}</tr>"
+        held = f' data-order="{_digits(value)}"' if exact and where else ""
+        cells.append(f"<td{_classed(' '.join(filter(None, kinds)))}{held}>{escape(text)}</td>")
+    held = "".join(f' data-{escape(name)}="{escape(cell_text(row[names.index(name)]))}"' for name in chosen)
+    return f"<tr{held}>{''.join(cells)}</tr>"
+
+
+def _digits(value: Any) -> str:
+    """A number with all its digits, as a script reads it; infinity as the largest there is."""
+    if cell_text(value) == "":
+        return ""
+    return repr(min(max(float(value), -HUGE), HUGE))
 
 
 def _sides(frame: "pd.DataFrame") -> list[str]:

@@ -311,7 +311,7 @@ def need_harmless(text):
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_page_is_self_contained_and_holds_everything(stream, tmp_path):
     value = fake_validation(stream=stream)
-    path = write_report(value, tmp_path / "sub" / "r.html")
+    path = write_report(value, tmp_path / "sub" / "r.html", interactive=False)
     page = need_harmless(path.read_text(encoding="utf-8"))
     said = "".join(page.texts)
     for name in value.gates["gate"]:
@@ -331,7 +331,7 @@ def test_any_text_stays_text_on_the_page(token):
     value = Validation("FAIL", value.gates.assign(why=text), {**value.tables, text: pd.DataFrame({text: [text, 1]})},
                        value.manifest)  # fmt: skip
     clean = fake_validation(stream=True)
-    page, plain = need_harmless(report_html(value)), Page(report_html(clean))
+    page, plain = need_harmless(report_html(value, interactive=False)), Page(report_html(clean, interactive=False))
     assert set(page.tags) == set(plain.tags)
 
 
@@ -340,7 +340,7 @@ def test_names_of_gates_and_curves_stay_text_in_drawings(text):
     clean = fake_validation(stream=True)
     curve = pd.DataFrame({"edits": [1, 2], text: [0.1, 0.2]})
     value = Validation("FAIL", clean.gates.assign(gate=text), {"curve": curve}, {})
-    page, plain = need_harmless(report_html(value)), Page(report_html(clean))
+    page, plain = need_harmless(report_html(value, interactive=False)), Page(report_html(clean, interactive=False))
     assert set(page.tags) <= set(plain.tags)
     assert {name for _, name, _ in page.attributes} <= {name for _, name, _ in plain.attributes}
     labels = [said for tag, name, said in page.attributes if (tag, name) == ("svg", "aria-label")]
@@ -362,18 +362,20 @@ def test_each_value_has_its_page(smollm2, tmp_path):
         (graph, ("Readings", "Edges")),
         (verified, ("Edges cut", "predicted")),
     ):
-        said = "".join(need_harmless(report_html(value)).texts)
+        said = "".join(need_harmless(report_html(value, interactive=False)).texts)
         for word in words:
             assert word in said, (type(value), word)
 
 
 def test_tables_and_edits_have_pages_too():
     many = pd.DataFrame({"n": range(1000), "token": NASTY})
-    said = "".join(need_harmless(report_html({"One": many, "Two": many.head(1)})).texts)
+    said = "".join(need_harmless(report_html({"One": many, "Two": many.head(1)}, interactive=False)).texts)
     assert "and 700 more rows" in said
     assert "1 row" in said
-    need_harmless(report_html(many.head(3)))
-    assert "fact <b>" in "".join(need_harmless(report_html(Edit((), method="fact <b>", about={"k": NASTY}))).texts)
+    need_harmless(report_html(many.head(3), interactive=False))
+    assert "fact <b>" in "".join(
+        need_harmless(report_html(Edit((), method="fact <b>", about={"k": NASTY}), interactive=False)).texts
+    )
 
 
 @pytest.mark.parametrize(

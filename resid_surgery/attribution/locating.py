@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from resid_surgery import _check
+from resid_surgery._html import face_html
 from resid_surgery._progress import progress as progress_bar
 from resid_surgery.attribution.catalogue import Score, check_scores
 from resid_surgery.attribution.queries import Query, need_candidates, need_competitors, versus_of
@@ -69,6 +70,9 @@ class Located:
             f"Located({len(self.sites)} of {self.candidates} candidates{way}: {shown}; "
             f"{self.evaluations} exact evaluations, {self.proof})"
         )
+
+    def _repr_html_(self) -> str:
+        return face_html(repr(self), self.table)
 
 
 def locate(

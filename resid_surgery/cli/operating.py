@@ -33,7 +33,7 @@ def operate(
     versus: Versus = None,
     model: Model = "smollm2-135m",
     k: K = 10,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for CSV tables and a picture.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for CSV tables, a picture and a page.")] = None,
     as_json: AsJson = False,
     dtype: Dtype = None,
     device: Device = None,
@@ -41,8 +41,11 @@ def operate(
     """The main job: locate what wrote the target, trace its sources, ablate it, measure, report."""
     from resid_surgery.evidence.operating import operate as run_operate
     from resid_surgery.views import text as view
+    from resid_surgery.views.assets import need_packages
     from resid_surgery.views.files import check_out, write_operated
 
+    if out is not None:
+        need_packages(("charts", "tables"))
     folder = None if out is None else check_out(out)
     opened, prompt = load(model, dtype, device), prompt_of(text, target, versus)
     with busy("operating"):

@@ -18,6 +18,7 @@ import xxhash
 from torch import Tensor
 
 from resid_surgery import _check
+from resid_surgery._html import face_html
 from resid_surgery.editing.changes import Change, summed
 from resid_surgery.editing.keeping import is_kept, keep, kept
 from resid_surgery.editing.outside import adapter_factors, between, called, differences, ranks
@@ -67,6 +68,10 @@ class Edit:
         what = ", ".join(f"{c.name} ({c.kind})" for c in self.changes[:4]) + (", ..." if len(self.changes) > 4 else "")
         what = what or ", ".join(one.brief for one in self.interventions[:4]) or "nothing"
         return f"Edit({self.method or 'unnamed'}: {what})"
+
+    def _repr_html_(self) -> str:
+        facts = pd.DataFrame([one.said() for one in self.rewrites])
+        return face_html(f"{self!r}, {self.hash[:16]}", self.table, facts)
 
     @property
     def empty(self) -> bool:

@@ -12,15 +12,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from resid_surgery._check import choice, message
+from resid_surgery._html import face_html
 from resid_surgery.errors import ArgumentError, ClosureError, StaleRecordingError
 from resid_surgery.models.envoys import Values
 from resid_surgery.models.opening import OpenedModel
-from resid_surgery.models.prompts import BoundPrompt, Prompt, bind
+from resid_surgery.models.prompts import BoundPrompt, Prompt, bind, token_text
 from resid_surgery.models.remoting import Where, remotely
 from resid_surgery.models.taps import Tap, TapName
 from resid_surgery.models.tracing import forward
@@ -83,6 +85,9 @@ class Recording:
             f"Recording({self.model.name}: {len(p.ids)} tokens {list(p.tokens)}, position {p.position}, "
             f"target {p.names[p.target]!r}, versus {[p.names[i] for i in p.versus]})"
         )
+
+    def _repr_html_(self) -> str:
+        return face_html(repr(self), pd.DataFrame(_predicted(self)))
 
     @property
     def fingerprint(self) -> str:
@@ -156,6 +161,16 @@ class Recording:
         yield from (self.resid_final, self.bs_values, self.logits)
         if self.stream is not None:
             yield from (self.stream.resid_pre, self.stream.attn_out, self.stream.mlp_out)
+
+
+def _predicted(rec: Recording) -> list[dict[str, Any]]:
+    """What the model predicted when it was recorded: its best five tokens, target and competitors."""
+    log_p = torch.log_softmax(rec.work(rec.logits), -1)
+    said = dict.fromkeys(log_p.topk(min(5, len(log_p))).indices.tolist(), "top")
+    said |= {i: role for i, _, role in rec.prompt.roles()}
+    rows = [{"rank": 1 + int((log_p > log_p[i]).sum()), "token": token_text(i, rec.model.tokenizer), "role": role,
+             "prob": float(log_p[i].exp()), "log_prob": float(log_p[i])} for i, role in said.items()]  # fmt: skip
+    return sorted(rows, key=lambda row: row["rank"])
 
 
 def reach(model: OpenedModel, layer: int, part: str, until: tuple[int, str] | None = None) -> Tensor | float:

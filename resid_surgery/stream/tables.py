@@ -86,8 +86,8 @@ def lens(rec: Recording, *, top: int = 5) -> pd.DataFrame:
     whole("top", top, 1, rec.model.vocab_size, model=rec.model.name)
     names, states = stream_states(rec)
     readout, rows = Readout.of(rec), []
-    for step, (name, layer, state) in enumerate(zip(names, _layers_of(names), states, strict=True)):
-        log_p = readout.lens(state[None])[0]
+    log_ps = readout.lens(torch.stack(states))
+    for step, (name, layer, log_p) in enumerate(zip(names, _layers_of(names), log_ps, strict=True)):
         wanted = {int(i): "top" for i in log_p.topk(top).indices}
         wanted |= {token: role for token, _, role in rec.prompt.roles()}
         for token, role in wanted.items():

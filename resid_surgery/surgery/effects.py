@@ -11,6 +11,7 @@ from typing import Any, final
 import pandas as pd
 
 from resid_surgery._check import message, whole
+from resid_surgery._html import face_html
 from resid_surgery.errors import ArgumentError, InterventionError
 from resid_surgery.models.prompts import token_text
 from resid_surgery.models.remoting import Where, remotely
@@ -23,6 +24,7 @@ from resid_surgery.surgery.resolving import Resolver, Scene
 from resid_surgery.surgery.splits import PARTS, Split
 
 __all__ = ["PARTS", "Effect", "intervene", "intervene_each"]
+FACE = ("token", "role", "bs_before", "bs_after", "bs_change", "prob_before", "prob_after", "rank_after", "position")
 
 
 @final
@@ -45,6 +47,9 @@ class Effect:
             f"Effect([{done}] on {self.rec.model.name}: {row['token']!r} logit "
             f"{row['bs_before']:.3f} -> {row['bs_after']:.3f}, p {row['prob_before']:.3f} -> {row['prob_after']:.3f})"
         )
+
+    def _repr_html_(self) -> str:
+        return face_html(repr(self), self.summary, self.table[[*FACE, *PARTS]])
 
     @property
     def before(self) -> Run:

@@ -12,6 +12,7 @@ from resid_surgery._files import whole
 from resid_surgery.errors import ArgumentError
 from resid_surgery.evidence.operating import Operated
 from resid_surgery.views.plots import plot_grid, plot_stream, pyplot_module
+from resid_surgery.views.report import write_report
 
 
 def check_out(folder: Path, name: str = "--out") -> Path:
@@ -31,7 +32,7 @@ def check_out(folder: Path, name: str = "--out") -> Path:
 
 
 def write_operated(done: Operated, folder: Path) -> list[Path]:
-    """Every table as CSV and the stream's picture; returns the files written."""
+    """Every table as CSV, the stream's picture and the page ``report.html``; returns the files written."""
     files = []
     for name, table in done.tables().items():
         files.append(whole(folder / f"{name}.csv", lambda path, t=table: t.to_csv(path, index=False)))  # type: ignore[misc]
@@ -41,7 +42,7 @@ def write_operated(done: Operated, folder: Path) -> list[Path]:
         files.append(whole(folder / "stream.png", lambda path: figure.savefig(path, dpi=150)))  # type: ignore[union-attr]
     finally:
         pyplot_module().close(figure)
-    return files
+    return [*files, write_report(done, folder / "report.html")]
 
 
 def write_sweep(table: pd.DataFrame, value: str, folder: Path) -> list[Path]:

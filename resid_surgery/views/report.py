@@ -1,14 +1,15 @@
-"""Reports as pages: any of the library's values as one HTML file that needs nothing else.
+"""Reports: any of the library's values as one HTML file that needs nothing else.
 
-There is no script in it, no request leaves it (its own security policy forbids both), and whatever comes from models or
-data is escaped. Light or dark follows the reader's settings.
+No request leaves it: its own security policy allows the scripts that stand in it, by their hashes, and nothing from
+outside. Whatever comes from models or data is text. Without its scripts (``interactive=False``, or where a browser runs
+none) it is a page of plain tables. Light or dark follows the reader's settings.
 """
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -16,22 +17,26 @@ from markupsafe import Markup
 
 from resid_surgery._check import message
 from resid_surgery._files import write_whole
-from resid_surgery._html import cell_text, table_html
+from resid_surgery._html import cell_text
 from resid_surgery.attribution.locating import Located
 from resid_surgery.editing.edits import Edit
-from resid_surgery.editing.gating import STATES
 from resid_surgery.editing.reports import HEADINGS, Validation, entries
 from resid_surgery.errors import ArgumentError, LoadError
 from resid_surgery.evidence.graphs import SourceGraph
 from resid_surgery.evidence.operating import Operated
 from resid_surgery.evidence.verifying import Verified
+from resid_surgery.experiments.reading import Run
 from resid_surgery.stream.recording import Recording
-from resid_surgery.stream.tables import decompose, lens, predictions
 from resid_surgery.surgery.effects import Effect
+from resid_surgery.views.assets import LICENCES, need_packages, policy, scripts
 from resid_surgery.views.drawing import curves_svg, gate_svg
+from resid_surgery.views.operated import effect_page, graph_page, operated_page, run_page, verified_page
+from resid_surgery.views.pages import Page, part, table_page, with_drawings
+from resid_surgery.views.recorded import located_page, recording_page
 
-ROWS = 300
-BESIDE = ("text_before", "text_after")
+MOST = 5_000_000
+"""Bytes of a page."""
+_LIMITS = (2000, 1000, 300, 100, 30, 10)
 _NOTES = {
     HEADINGS["tokens"]: "What the edited vectors promote and suppress besides the fact: one vector has many abilities.",
     HEADINGS["worst"]: "Prompts that must not change, by how much they did: what each model says by itself.",
@@ -39,61 +44,29 @@ _NOTES = {
 }
 
 
-@final
-@dataclass(frozen=True)
-class Card:
-    """One prompt with what was said before and after."""
+def write_report(value: Any, path: Any, *, interactive: bool = True) -> Path:
+    """Write a value as one self-contained HTML page of at most 5 MB.
 
-    head: tuple[tuple[str, str], ...]
-    before: str
-    after: str
-
-
-@final
-@dataclass(frozen=True)
-class Part:
-    """A section that opens and closes."""
-
-    title: str
-    table: str = ""
-    count: str = ""
-    note: str = ""
-    shown: bool = True
-    cards: tuple[Card, ...] = ()
-    drawings: tuple[Markup, ...] = ()
-
-
-@final
-@dataclass(frozen=True)
-class Page:
-    """What the template is filled with."""
-
-    title: str
-    about: str
-    parts: tuple[Part, ...]
-    state: str = ""
-    line: str = ""
-    gates: tuple[Mapping[str, Any], ...] = ()
-
-
-def write_report(value: Any, path: Any) -> Path:
-    """Write a value as one self-contained HTML page.
+    In an interactive page points tell their tokens and scores when they are hovered or walked to, tables are sorted and
+    filtered, and the reader chooses the competitor and the norm convention where the value has both.
 
     Args:
-        value: a `Validation`, `Recording`, `Effect`, `Located`, `SourceGraph`, `Verified`, `Operated` or `Edit`, a
-            DataFrame, or a dict of DataFrames. path: ends in ``.html``.
+        value: a `Recording`, `Located`, `Effect`, `SourceGraph`, `Verified`, `Operated`, `Edit`, `Validation` or `Run`,
+            a DataFrame, or a dict of DataFrames. path: ends in ``.html``.
+        interactive: with charts (of a `Recording`, `Located`, `Effect`, graph, `Operated` or `Run`) and tables that
+            sort, which need the extra ``report``; False for a page of plain tables without any script.
 
     Returns:
         The path; the file is written whole or not at all.
 
     Raises:
-        ArgumentError: another value or suffix. LoadError: it cannot be written. StaleRecordingError: a recording whose
-            model's weights have changed since.
+        ArgumentError: another value or suffix; a package is missing. LoadError: it cannot be written.
+        StaleRecordingError: a recording whose model's weights have changed since.
     """
     place = Path(path)
     if place.suffix not in (".html", ".htm"):
         raise ArgumentError(message("path", "a file name that ends in .html", str(place)))
-    text = report_html(value)
+    text = report_html(value, interactive=interactive)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         return write_whole(place, text.encode("utf-8", "replace"))
@@ -101,13 +74,44 @@ def write_report(value: Any, path: Any) -> Path:
         raise LoadError(f"the page cannot be written to {place}: {error.strerror}.") from None
 
 
-def report_html(value: Any) -> str:
+def report_html(value: Any, *, interactive: bool = True) -> str:
     """The page of `write_report` as text.
 
     Raises:
         As `write_report`.
     """
-    return str(_template().render(page=_page(value)))
+    if not isinstance(interactive, bool):
+        raise ArgumentError(message("interactive", "True or False", interactive))
+    kind = _kind(value)
+    if interactive:
+        need_packages(("charts", "tables") if kind in _CHARTED else ("tables",))
+    page = dict(_PAGES)[kind](value)
+    texts = scripts(page.kinds) if interactive else ()
+    text = ""
+    for limit in _LIMITS if interactive else _LIMITS[2:]:
+        text = _rendered(page, texts, limit)
+        if len(text.encode("utf-8", "replace")) <= MOST:
+            break
+    return text
+
+
+def _rendered(page: Page, texts: tuple[str, ...], limit: int) -> str:
+    """The page with at most so many rows a table."""
+    told = Markup(_data(page)) if texts else ""
+    given = {"scripts": [Markup(one) for one in texts], "policy": policy(texts), "licences": LICENCES, "limit": limit}
+    return str(_template().render(page=page, data=told, **given))
+
+
+def _data(page: Page) -> str:
+    """The charts as JSON that may stand in a script's place: what could end it is written as an escape."""
+    held = [{"spec": one.spec, "rows": list(one.rows), "more": one.more} for one in page.charts]
+    text = json.dumps({"charts": held}, ensure_ascii=True, allow_nan=False, separators=(",", ":"), default=_plain)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's as Python's."""
+    return value.item()
 
 
 @cache
@@ -118,23 +122,23 @@ def _template() -> Any:
     )
 
 
-def _page(value: Any) -> Page:
-    for kind, page in _PAGES:
+def _kind(value: Any) -> type:
+    for kind, _ in _PAGES:
         if isinstance(value, kind):
-            return page(value)
+            return kind
     names = ", ".join(kind.__name__ for kind, _ in _PAGES)
     raise ArgumentError(message("value", f"one of {names} (a dict holds DataFrames)", type(value).__name__))
 
 
 def _validation(value: Validation) -> Page:
-    parts = [_part(heading, table, note=_NOTES.get(heading, "")) for heading, table in value.sections().items()]
+    parts = [part(heading, table, note=_NOTES.get(heading, "")) for heading, table in value.sections().items()]
     drawn = tuple(Markup(one) for one in curves_svg(value.tables["curve"])) if "curve" in value.tables else ()
-    parts = [part if part.title != HEADINGS["curve"] else _with_drawings(part, drawn) for part in parts]
+    parts = [one if one.title != HEADINGS["curve"] else with_drawings(one, drawn) for one in parts]
     about = ", ".join(f"{key} {cell_text(value.manifest[key])}" for key in ("model", "edit", "dtype")
                       if value.manifest.get(key))  # fmt: skip
     gates = tuple(_gate(row) for row in value.gates.to_dict("records"))
     line = value.headline.split(": ", 1)[1]
-    ends = _part("Manifest", entries(value.manifest), shown=False)
+    ends = part("Manifest", entries(value.manifest), shown=False)
     return Page("Validation of an edit", about, (*parts, ends), value.verdict, line, gates)
 
 
@@ -155,105 +159,34 @@ def _gate(row: Mapping[Any, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _recording(value: Recording) -> Page:
-    told = {"Predictions": predictions(value), "Logit lens": _lens_lines(value)}
-    return _tables("Recording", repr(value), {**told, "Addends of the stream": decompose(value)})
-
-
-def _lens_lines(value: Recording) -> pd.DataFrame:
-    """One line a state: its most probable tokens, with their probabilities."""
-    table = lens(value)
-    top = table[table["rank"] <= 5]
-    told = [f"{token!r} {prob:.3f}" for token, prob in zip(top["token"], top["prob"], strict=True)]
-    lines = top.assign(told=told).groupby("site", sort=False)["told"].agg("   ".join).reset_index()
-    target = table[table["role"] == "target"].set_index("site")
-    lines["target's rank"], lines["target's log_prob"] = (list(target.loc[lines["site"], name])
-                                                          for name in ("rank", "log_prob"))  # fmt: skip
-    return lines.rename(columns={"told": "most probable (norm: own)"})
-
-
-def _effect(value: Effect) -> Page:
-    tables = {"Positions": value.summary, "Tokens": value.table, "Ledger": value.ledger()}
-    return _tables("Effect of interventions", repr(value), tables)
-
-
-def _located(value: Located) -> Page:
-    return _tables("Located subvalues", repr(value), {"Found": value.table})
-
-
-def _graph(value: SourceGraph) -> Page:
-    return _tables("Source graph", repr(value), _capitalised(value.tables()))
-
-
-def _verified(value: Verified) -> Page:
-    skipped = pd.DataFrame({"not cut, because": list(value.skipped), "edges": list(value.skipped.values())})
-    tables = {"Edges cut": value.table, "Edges not cut": skipped, **_capitalised(value.graph.tables())}
-    return _tables("Source graph, verified", repr(value), tables)
-
-
-def _operated(value: Operated) -> Page:
-    return _tables("Operation", repr(value), _capitalised(value.tables()))
-
-
 def _edit(value: Edit) -> Page:
     facts = pd.DataFrame([one.said() for one in value.rewrites])
     tables = {"Changes": value.table, "Facts": facts, "Fitting": value.fitting, "Provenance": entries(value.about)}
-    return _tables("Edit", f"{value!r}, {value.hash[:16]}", {name: one for name, one in tables.items() if len(one)})
+    return table_page("Edit", f"{value!r}, {value.hash[:16]}", {name: one for name, one in tables.items() if len(one)})
 
 
 def _frame(value: pd.DataFrame) -> Page:
-    return _tables("Table", "", {"Rows": value})
+    return table_page("Table", "", {"Rows": value})
 
 
 def _frames(value: Mapping[Any, Any]) -> Page:
     for name, one in value.items():
         if not isinstance(one, pd.DataFrame):
             raise ArgumentError(message("value", "a dict of DataFrames", {name: type(one).__name__}))
-    return _tables("Tables", "", {str(name): one for name, one in value.items()})
-
-
-def _tables(title: str, about: str, tables: Mapping[str, pd.DataFrame]) -> Page:
-    return Page(title, about, tuple(_part(name, table) for name, table in tables.items()))
-
-
-def _capitalised(tables: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    return {name.replace("_", " ").capitalize(): one for name, one in tables.items()}
-
-
-def _part(title: str, table: pd.DataFrame, *, note: str = "", shown: bool = True) -> Part:
-    """A table as a section; texts before and after as cards, side by side."""
-    count = f"{len(table)} row{'' if len(table) == 1 else 's'}"
-    if set(BESIDE) <= set(table):
-        return Part(title, count=count, note=note, shown=shown, cards=tuple(map(_card, table.to_dict("records"))))
-    classes = {str(name): _state_class for name in table if str(name).startswith(("state", "verdict"))}
-    made = Markup(table_html(table, limit=ROWS, classes=classes))
-    return Part(title, made, count, note, shown)
-
-
-def _card(row: Mapping[Any, Any]) -> Card:
-    told = {str(key): cell_text(value) for key, value in row.items() if key not in BESIDE}
-    first = "prompt" if "prompt" in told else next(iter(told), "")
-    head = tuple((key, told[key]) for key in dict.fromkeys([first, *told]) if key in told)
-    return Card(head, *(cell_text(row[name]) for name in BESIDE))
-
-
-def _with_drawings(part: Part, drawings: tuple[Markup, ...]) -> Part:
-    return Part(part.title, part.table, part.count, part.note, part.shown, part.cards, drawings)
-
-
-def _state_class(value: Any) -> str:
-    return value if value in STATES else ""
+    return table_page("Tables", "", {str(name): one for name, one in value.items()})
 
 
 _PAGES: tuple[tuple[type, Callable[[Any], Page]], ...] = (
     (Validation, _validation),
-    (Recording, _recording),
-    (Effect, _effect),
-    (Located, _located),
-    (SourceGraph, _graph),
-    (Verified, _verified),
-    (Operated, _operated),
+    (Recording, recording_page),
+    (Effect, effect_page),
+    (Located, located_page),
+    (SourceGraph, graph_page),
+    (Verified, verified_page),
+    (Operated, operated_page),
     (Edit, _edit),
+    (Run, run_page),
     (pd.DataFrame, _frame),
     (Mapping, _frames),
 )
+_CHARTED = (Recording, Effect, Located, SourceGraph, Verified, Operated, Run)
