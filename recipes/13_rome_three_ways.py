@@ -42,7 +42,11 @@ def edits(model: Any, steps: int = 25) -> dict[str, rs.Edit]:
 
 # %%
 def main(
-    model: Any = None, budget: Any = "smoke", steps: int = 25, tokens: int = 1500, out: str | Path = "out/rome"
+    model: Any = None,
+    budget: str | rs.Budget = "smoke",
+    steps: int = 25,
+    tokens: int = 1500,
+    out: str | Path = "out/rome",
 ) -> dict[str, pd.DataFrame]:
     """One row a method and gate, and what each method changed; saved with a page for each."""
     model = rs.load("smollm2-135m") if model is None else model
@@ -73,10 +77,5 @@ def main(
 
 # %%
 if __name__ == "__main__":
-    found = main()
-    print(found["comparison"].round(4).to_string(index=False))
-    print("\nWhat exposure knew beforehand (Spearman's correlation with the measured KL)")
-    print(found["exposure"].round(3).to_string(index=False))
-    columns = ["method", "stratum", "prompt", "kl_max", "text_before", "text_after"]
-    print("\nThe worst prompts")
-    print(found["worst_prompts"].query("rank <= 3")[columns].to_string(index=False))
+    for name, table in main().items():
+        print(f"\n{name}\n{table.head(12).round(4).to_string(index=False)}")

@@ -33,25 +33,29 @@ def facts(model: Any, many: int = 20) -> list[rs.Rewrite]:
     return list(wanted.values())[:many]
 
 
-def stream(model: Any, wanted: Sequence[rs.Rewrite], **options: Any) -> list[rs.Edit]:
+def stream(model: Any, wanted: Sequence[rs.Rewrite], steps: int) -> list[rs.Edit]:
     """One edit after another, each fitted on what the ones before it left."""
-    made = [rs.edit_least_squares(model, [wanted[0]], **options)]
+    made = [rs.edit_least_squares(model, [wanted[0]], steps=steps)]
     for one in wanted[1:]:
         so_far = made[0]
         for edit in made[1:]:
             so_far = so_far + edit
         with so_far.applied(model) as edited:
-            made.append(rs.edit_least_squares(edited, [one], previous=made, **options))
+            made.append(rs.edit_least_squares(edited, [one], previous=made, steps=steps))
     return made
 
 
 # %%
 def main(
-    model: Any = None, many: int = 20, budget: Any = "smoke", out: str | Path = "out/twenty", **options: Any
+    model: Any = None,
+    many: int = 20,
+    steps: int = 25,
+    budget: str | rs.Budget = "smoke",
+    out: str | Path = "out/twenty",
 ) -> dict[str, pd.DataFrame]:
     """The stream, its curve of retention, and the gates."""
     model = rs.load("smollm2-135m") if model is None else model
-    made = stream(model, facts(model, many), **options)
+    made = stream(model, facts(model, many), steps)
     done = rs.validate(model, made, budget=budget)
     tables = {"gates": done.gates, "stream": done.tables["stream"], "curve": done.tables["curve"]}
     rs.save_results(out, tables, {"curve": rs.plot_retention(done.tables["curve"])})

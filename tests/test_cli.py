@@ -23,6 +23,7 @@ from resid_surgery.views.files import write_operated
 COMMANDS = {
     "operate": {"--target", "--versus", "--model", "-k", "--out", "--json", "--dtype", "--device"},
     "decompose": {"--target", "--versus", "--model", "--grain", "--rows", "--json", "--dtype", "--device"},
+    "recipe": {"--new"},
     "run": {"--out", "--prompts", "--facts", "--limit", "--model", "--executor", "--workers", "--address", "--num-gpus",
             "--resume", "--retry", "--max-failures", "--save-every", "--json", "--dtype", "--device"},
     "status": {"--by", "--value", "--against", "--failures", "--rows", "--json"},
@@ -34,6 +35,7 @@ COMMANDS = {
                     "--layer", "--out", "--rows", "--json", "--dtype", "--device"},
     "scores": {"--target", "--versus", "--model", "--kind", "--score", "--norm", "--layer", "--bounds", "--count",
                "--list", "--sort", "--out", "--rows", "--json", "--dtype", "--device"},
+    "serve": {"--model", "--port", "--host", "--no-open", "--dtype", "--device"},
     "sources": {"--target", "--versus", "--model", "--reader", "--side", "--readout", "--grain", "--norm", "--by",
                 "--top", "--hops", "--budget", "--removed", "--out", "--rows", "--json", "--dtype", "--device"},
     "graph": {"--target", "--versus", "--model", "--readout", "--nodes", "--grain", "--verify", "--faithfulness",
@@ -248,7 +250,7 @@ def test_operate_writes_every_table_and_the_picture_whole(cli: Cli, asked: list[
     done = cli("operate", *asked, "-k", 2, "--out", folder, "--json")
     assert done.code == 0
     assert done.err == ""
-    files = [folder / f"{name}.csv" for name in TABLES] + [folder / "stream.png"]
+    files = [folder / f"{name}.csv" for name in TABLES] + [folder / "stream.png", folder / "report.html"]
     assert [Path(name) for name in done.json()["files"]] == files
     assert sorted(folder.iterdir()) == sorted(files)  # nothing half-written is left
     for name in TABLES:
@@ -265,7 +267,9 @@ def test_operate_lists_the_files_that_it_wrote_over_older_ones(cli: Cli, asked: 
     (tmp_path / "notes.txt").write_text("mine")
     done = cli("operate", *asked, "-k", 2, "--out", tmp_path)
     listed = done.out.split("== Files\n")[1].split()
-    assert listed == [str(tmp_path / f"{name}.csv") for name in TABLES] + [str(tmp_path / "stream.png")]
+    assert listed == [str(tmp_path / f"{name}.csv") for name in TABLES] + [
+        str(tmp_path / name) for name in ("stream.png", "report.html")
+    ]
     assert (tmp_path / "ledger.csv").read_text().startswith("site,kind,layer,bs_target,")
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

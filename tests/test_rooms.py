@@ -34,8 +34,10 @@ ORDER = {
     "experiments": ["cases", "grammar", "plans", "tables", "finding", "arms", "checking", "work", "executors",
                     "actors", "on_ray", "crew", "folder", "interrupts", "watching", "reading", "runs"],
     "views": ["lettering", "shading", "plots", "figures", "profiles", "maps", "waterfall", "circuits", "edits",
-              "paper", "text", "files", "drawing", "report"],
-    "cli": ["common", "operating", "running", "scoring", "tracing", "validating", "main"],
+              "paper", "text", "drawing", "assets", "pages", "charts", "findings", "recorded", "operated", "report",
+              "files", "theatre", "theatre_acts", "theatre_line", "theatre_guard", "theatre_recipe", "theatre_tables",
+              "theatre_parts", "theatre_knobs", "theatre_page", "theatre_server"],
+    "cli": ["common", "operating", "recipes", "running", "scoring", "serving", "tracing", "validating", "main"],
 }  # fmt: skip
 PLACE = {".".join(filter(None, [room, name])): (i, j) for i, (room, names) in enumerate(ORDER.items())
          for j, name in enumerate(names)}  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resid_surgery.cli import operating, running, scoring, tracing, validating  # noqa: F401  (they register their commands, in this order)
+from resid_surgery.cli import operating, recipes, running, scoring, serving, tracing, validating  # noqa: F401  (they register their commands, in this order)
 from resid_surgery.cli.common import (
     AsJson,
     Device,
