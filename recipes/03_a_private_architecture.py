@@ -5,6 +5,7 @@
 # source multiplies weights with values. The row passes the same proof as everything else.
 
 # %%
+from functools import reduce
 from typing import Any
 
 import pandas as pd
@@ -51,12 +52,13 @@ class Private(PreTrainedModel):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.words, self.pile = nn.Embedding(31, 12), nn.Sequential(Layer(), Layer())
+        self.words, self.pile = nn.Embedding(31, 12), nn.ModuleList([Layer(), Layer()])
         self.finish, self.say = nn.LayerNorm(12), nn.Linear(12, 31, bias=False)
         self.post_init()
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool | None = None) -> CausalLMOutput:
-        return CausalLMOutput(logits=self.say(self.finish(self.pile(self.words(input_ids)))))
+        x = reduce(lambda state, layer: layer(state), self.pile, self.words(input_ids))
+        return CausalLMOutput(logits=self.say(self.finish(x)))
 
 
 # %% The row: module paths, the factor 0.7, and torch.matmul's second call as the place of mixing.

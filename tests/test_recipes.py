@@ -76,7 +76,7 @@ def test_the_recipe_runs_on_the_embedded_model(name: str, smollm2: Any, tmp_path
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_the_recipe_is_short_and_has_the_form(path: Path) -> None:
     text, main = path.read_text(), load(path).main
-    assert len(text.splitlines()) <= 84
+    assert len(text.splitlines()) <= 86
     assert text.startswith("# %% [markdown]\n# # ")
     assert '\nif __name__ == "__main__":\n' in text
     first, *_ = inspect.signature(main).parameters.values()

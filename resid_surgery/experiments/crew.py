@@ -43,6 +43,10 @@ class _Hand:
         return not self.asked or self.asked[0][1] is not None
 
 
+def _jobs(hand: _Hand) -> list[_Job]:
+    return [job for _, job in hand.asked if job is not None]
+
+
 @final
 class Crew:
     """The executor that spreads groups over Ray actors.
@@ -116,10 +120,16 @@ class Crew:
         return self.ray.remote(Actor).options(max_restarts=0, **wanted).remote(self.engine.threads)
 
     def _hand_out(self) -> None:
-        """A group for every actor that has none, then one that waits, as long as there are enough for all."""
+        """A group for every actor that has none, then one that waits, as long as there are enough for all.
+
+        A group that an actor died of has one to itself: the answer of a group can be lost with an actor that dies of
+        the next one.
+        """
         for waiting in range(WAITING + 1):
             for hand in self.hands:
                 enough = len(self.jobs) >= (len(self.hands) if waiting else 1)
+                if waiting and enough and any(job.deaths for job in (self.jobs[0], *_jobs(hand))):
+                    continue
                 if enough and hand.open and len(hand.asked) == waiting:
                     job = self.jobs.popleft()
                     hand.asked.append((hand.actor.run.remote(job.group, job.skip), job))

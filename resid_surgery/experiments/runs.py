@@ -93,7 +93,7 @@ def run(
         >>> with tempfile.TemporaryDirectory() as out:
         ...     table = rs.run(rs.load(rs.tiny("llama")), prompts, plan, out=out).rows
         >>> table.groupby("prompt").size().tolist()
-        [3, 3]
+        [4, 4]
     """
     folder, wanted, cases = Folder.of(out), Plan.of(plan), as_cases(prompts)
     _check_options(resume, retry, save_every)
