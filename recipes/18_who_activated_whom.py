@@ -3,8 +3,8 @@
 # The neurons that write a token (values) fire because something below wrote what their keys match (queries).
 # 1. The value neurons, and what each key read: shares of its pre-activation, which sum exactly.
 # 2. The query subvalues of all of them together, the paper's two ways: directly, and hop by hop.
-# 3. The proof: the best queries zeroed at their place; what happens to the values' coefficients and to the target?
-#    Beside them, as many others at random.
+# 3. The proof: the values, then the best queries, zeroed at their place; what happens to the target? Beside them, as
+#    many others at random.
 # 4. The graph back to the embeddings, its edges cut one at a time: predicted against measured.
 
 # %%

@@ -3,7 +3,7 @@
 # Zero the best neurons of a prediction. The target's logit falls by less than they wrote, because later layers read a
 # stream that lacks them, and write something else.
 # 1. The split: direct (what was removed) + post-norm + norm scale + indirect (what the others did) = measured change.
-# 2. The ledger of the change: which later heads and layers gave back, which went along.
+# 2. The ledger of the change: whose attention and MLP, in later layers, gave back, and whose went along.
 # 3. Does the compensation depend on who was removed? The same for as many neurons of the same layers at random.
 # 4. Together against one by one: compensation is not additive.
 

@@ -452,7 +452,7 @@ def test_a_private_architecture_is_read_by_a_row_of_the_users():
     assert table["ok"].all()
     rec = rs.record(model, rs.Prompt(ids=[1, 2, 3, 4], target=5))
     assert rs.locate(rec, k=3, kind="head_source").candidates == 2 * 2 * 4
-    with pytest.raises(rs.ClosureError, match="layer [01]"):  # the one that fails by most
+    with pytest.raises(rs.ClosureError, match=r"layer [01]"):  # the one that fails by most
         rs.load(module, anatomy=replace(row, block=replace(block, attn_scale=1.0)))
     with pytest.raises(rs.UnsupportedModelError, match="without torch_matmul_7"):
         rs.load(module, anatomy=replace(row, block=replace(block, mix="product:torch_matmul_7")))

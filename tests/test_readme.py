@@ -81,6 +81,8 @@ def test_every_score_stands_in_the_tables():
         "run",
         "status",
         "resume",
+        "recipe",
+        "serve",
     ],
 )
 def test_every_command_is_named(name):

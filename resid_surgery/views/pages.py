@@ -82,6 +82,11 @@ class Part:
         n = len(self.cards) if self.table is None else len(self.table)
         return f"{n} row{'' if n == 1 else 's'}"
 
+    def left_out(self, limit: int) -> str:
+        """What is said where a page holds no more than its first rows or cards; nothing where it holds all."""
+        n = len(self.cards) if self.table is None else len(self.table)
+        return f"The first {limit} of {n} are in this page; sorting and filters see no others." if n > limit else ""
+
     def html(self, limit: int, *, exact: bool) -> Markup:
         """Its table; `exact` numbers for sorting stand beside the shown ones."""
         if self.table is None:

@@ -31,13 +31,14 @@ def plot_stream(stream: pd.DataFrame, *, marked: Sequence[Site] = (), ax: "Axes 
         ArgumentError: matplotlib is not installed, or the table is not from `stream_bs`.
     """
     pyplot = pyplot_module()
-    if not {"step", "bs_value", "token", "role"} <= set(getattr(stream, "columns", ())):
+    if not {"step", "bs_value", "token", "token_id", "role"} <= set(getattr(stream, "columns", ())):
         raise ArgumentError(message("stream", "a table from resid_surgery.stream_bs", type(stream).__name__))
     if ax is None:
         _, ax = pyplot.subplots(figsize=(10, 5.2), layout="constrained")
     target = stream[stream["role"] == "target"]
-    for i, (token, curve) in enumerate(stream.groupby("token", sort=False)):
-        ax.plot(curve["step"], curve["bs_value"], _STYLES[i % 4], lw=2.2 if i == 0 else 1.6, label=quoted(token))
+    for i, (_, curve) in enumerate(stream.groupby("token_id", sort=False)):  # two tokens may have one text
+        name = quoted(curve["token"].iloc[0])
+        ax.plot(curve["step"], curve["bs_value"], _STYLES[i % 4], lw=2.2 if i == 0 else 1.6, label=name)
     _mark(ax, target, marked)
     layers = target.groupby("layer")["step"].min()
     every = max(1, len(layers) // 15)

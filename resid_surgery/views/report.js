@@ -49,10 +49,11 @@
         ast: true, actions: false, renderer: "svg", tooltip: showTip, mode: "vega-lite",
       });
       this.view = made.view;
-      await this.follow(chosen);
+      await this.follow(choices()); // they may have changed meanwhile
     }
 
     async follow(chosen) {
+      if (!this.view) return; // it is still being drawn, and asks for itself
       for (const param of this.spec.params) {
         const name = param.name.slice(3);
         if (param.name.startsWith("by_") && name in chosen) this.view.signal(param.name, chosen[name]);

@@ -96,7 +96,7 @@ def report_html(value: Any, *, interactive: bool = True) -> str:
 
 
 def _rendered(page: Page, texts: tuple[str, ...], limit: int) -> str:
-    """The page with at most so many rows a table."""
+    """The page with at most so many rows a table, and cards a section."""
     told = Markup(_data(page)) if texts else ""
     given = {"scripts": [Markup(one) for one in texts], "policy": policy(texts), "licences": LICENCES, "limit": limit}
     return str(_template().render(page=page, data=told, **given))

@@ -169,7 +169,6 @@ class Page:
                 self.reader = ui.input("as read by, such as L27.N846").classes("grow")
                 self.side = ui.select(["all", "query", "key", "value"], value="all", label="side").classes("short")
                 quiet("Cut", lambda: self.sever(self.writer.value, self.reader.value, self.side.value))
-
             self.wrong = Problem()
 
     def _continuation(self) -> None:
@@ -215,18 +214,30 @@ class Page:
                 return
             stage = await self.line.ask(self, "read", lambda: play.read(self.model, text, target, versus))
             if self.stage is None or self.stage.rec.prompt.ids != stage.rec.prompt.ids:
-                self.acts, self.plain = doing.Acts(), 0
-                self.details.set_visibility(False)
+                self._forget()
             self.stage = stage
             self._show_prompt(stage)
             await self.find()
             await self.perform()
 
+    def _forget(self) -> None:
+        """Of another prompt nothing stays: no operation, no number, no text, no answer that is still to come."""
+        for kind in ("about", "measure", "generate"):
+            self.line.drop(self, kind)
+        self.acts, self.plain, self.marked = doing.Acts(), 0, pd.DataFrame()
+        self.details.set_visibility(False)
+        for table in (self.found, self.shares, self.split):
+            table.rows = []
+        for label in (self.said, self.before, self.after):
+            label.set_text("")
+        for field in (self.unknown, self.wrong, self.unsaid):
+            self._tell(field, "")
+
     async def find(self) -> None:
         """Locate subvalues of the chosen kind."""
         if (stage := self.stage) is None:
             return
-        with self._telling():
+        with self._telling(self.unknown):
             kind = str(self.kind.value)
             self.marked = await self.line.ask(self, "find", lambda: play.found(stage, kind))
             self.found.columns = tables.found_columns(stage)

@@ -133,7 +133,7 @@ def stream_chart(stage: Stage, marked: pd.DataFrame | None = None) -> dict[str, 
         for i, (token, rows) in enumerate(stage.stream.groupby("token_id", sort=False))
         for token in [rows["token"].iloc[0]]
     ]
-    marks = [] if marked is None else [_marks(marked)]
+    marks = [] if marked is None else [_marks(stage, marked)]
     axis = {"nameLocation": "middle", "nameTextStyle": {"fontSize": 12}, "splitLine": {"lineStyle": {"color": _GRID}}}
     return {
         "animation": False,
@@ -165,22 +165,18 @@ def _across(state: str) -> float:
     return int(layer) + {"pre": 0.0, "mid": 0.5, "post": 1.0}[stage]
 
 
-def _marks(marked: pd.DataFrame) -> dict[str, Any]:
-    """One diamond a subvalue; those of one place stand above each other."""
+def _marks(stage: Stage, marked: pd.DataFrame) -> dict[str, Any]:
+    """One diamond a subvalue, at the first state that holds it; those of one place stand above each other."""
     data, there = [], dict[float, int]()
+    states = dict(zip(stage.stream["step"], stage.stream["site"], strict=True))
     for row in marked.to_dict("records"):
-        across = _wrote(row)
+        across = _across(str(states[row["step"]]))
         height = there[across] = there.get(across, -1) + 1
         data.append({"name": str(row["site"]), "value": [across, round(float(row["bs_value"]), 4)],
                      "symbolOffset": [0, -13 * height]})  # fmt: skip
     look = {"color": "transparent", "borderColor": "#d1453b", "borderWidth": 2}
     return {"type": "scatter", "name": MARK, "symbol": "diamond", "symbolSize": 13, "data": data, "z": 5,
             "cursor": "pointer", "itemStyle": look}  # fmt: skip
-
-
-def _wrote(row: Mapping[Any, Any]) -> float:
-    """A layer's attention stands at its half, its neurons at its end."""
-    return float(row["layer"]) + (1.0 if row["kind"] == "neuron" else 0.5)
 
 
 def _plain(value: Any) -> Any:
