@@ -491,7 +491,7 @@ def hostile_tables() -> dict[str, pd.DataFrame]:
     """A table for every figure that shows tokens, made of hostile ones."""
     n = len(HOSTILE)
     rows = pd.DataFrame({"token": HOSTILE, "score": np.linspace(-1, 1, n), "position": range(n), "layer": 0, "head": 0})
-    stream = [(s, f"L{s}.resid_pre", s, t, "target" if i == 0 else "versus", 1.0 * s) for i, t in enumerate(HOSTILE)
+    stream = [(s, f"L{s}.resid_pre", s, t, i, "target" if i == 0 else "versus", 1.0 * s) for i, t in enumerate(HOSTILE)
               for s in range(3)]  # fmt: skip
     lens = rows.assign(step=0, site="L0.resid_pre", predicted=HOSTILE[::-1], prob=0.5, target_prob=0.1)
     lens.attrs["target"] = "$x^2$"
@@ -501,7 +501,7 @@ def hostile_tables() -> dict[str, pd.DataFrame]:
                           readout="bs '$x^2$' - '$'", unit="bs-value")  # fmt: skip
     crossed = removed.assign(layer=1, helpful=1.0, unhelpful=-1.0)
     return {
-        "stream": pd.DataFrame(stream, columns=["step", "site", "layer", "token", "role", "bs_value"]),
+        "stream": pd.DataFrame(stream, columns=["step", "site", "layer", "token", "token_id", "role", "bs_value"]),
         "grid": rows, "layers": rows, "tokens": rows, "lens": lens, "separation": both, "layer_scores": both,
         "addition": sums, "removed": removed, "cross_layer": crossed,
         "intervals": rows.assign(mean=0.5, low=0.1, high=0.9).drop(columns="score").rename(columns={"token": "score"}),

@@ -25,6 +25,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "12_circuits_of_heads": {"repeats": 2},
     "13_rome_three_ways": {"steps": 3, "budget": BUDGET, "tokens": 60},
     "14_twenty_edits": {"many": 2, "steps": 3, "budget": BUDGET},
+    "24_the_papers_figures": {"figures": ("3", "5", "8", "9", "10", "11", "19", "F(l)")},
     "15_many_facts": {"kinds": ("capital", "month"), "each": 3, "ks": (1, 3), "draws": 2},
 }
 OWN_MODEL = {"02_a_mixture_of_experts", "03_a_private_architecture"}
