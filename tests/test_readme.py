@@ -40,6 +40,7 @@ def test_the_benchmark_was_pasted_in():
     assert "exhaustive pass / worst 100" in block("bench-locating")
     assert "verified by cutting 50 edges" in block("bench-sources")
     assert "a whole MLP zeroed" in block("bench-validating")
+    assert "200 SIGKILLs" in block("bench-experiments")
 
 
 def test_the_plan_can_be_run(tmp_path):
