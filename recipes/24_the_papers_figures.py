@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Every figure of the paper, on your own prompt and model
 # Yu & Ananiadou (arXiv 2312.12141), as this project reads its text: 3 how scores add up, 5 and 6 which layers and how
-# many subvalues help, 7 how few are enough, 8 which layers feed which, 9 the stream, 10 where two tokens part, 11 and 12
-# what attention does, 19 where queries sit, F(l) the curve of one subvalue.
+# many subvalues help, 7 how few are enough, 8 which layers feed which, 9 the stream, 10 where two tokens part, 11 and
+# 12 what attention does, 19 where queries sit, F(l) the curve of one subvalue.
 # `resid-surgery recipe recipes/24_the_papers_figures.py --text "..." --target " ..." --figures 9 --figures 10`
 
 # %%
