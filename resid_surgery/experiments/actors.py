@@ -14,7 +14,6 @@ from typing import Any, final
 
 import pyarrow as pa
 import torch
-import xxhash
 
 from resid_surgery.errors import ArgumentError
 from resid_surgery.experiments.plans import Plan
@@ -55,7 +54,7 @@ class Parcel:
             ArgumentError: the model exists in memory only and cannot be sent.
         """
         model = worker.model
-        if model.origin is None or model.fingerprint() != model.weights.first:
+        if model.origin is None or model.changed:
             asked, body = {"anatomy": model.anatomy.layout}, _packed(model, pickler)
         else:
             asked, body = _placed(model.origin, device), None
@@ -69,7 +68,8 @@ class Parcel:
         """
         if self.body is None:
             return load(**self.asked)
-        packed = torch.load(io.BytesIO(self.body), map_location=self.device, weights_only=False)  # the driver's own
+        # a model's classes cannot be sent but by pickling; these bytes come from the driver, as the actor itself does
+        packed = torch.load(io.BytesIO(self.body), map_location=self.device, weights_only=False)
         module, tokenizer = packed
         model = load(module, tokenizer=tokenizer, **self.asked)
         model.name = self.name
@@ -91,21 +91,12 @@ class Actor:
             (hash of its weights, version of this library).
         """
         self.worker = Worker(parcel.opened(), parcel.plan, parcel.schemas)
-        return hash_of_weights(self.worker.model), version("resid-surgery")
+        return self.worker.model.weights.contents(), version("resid-surgery")
 
     def run(self, group: Sequence[Numbered], skip: Collection[int]) -> list[Outcome]:
         """The outcomes of a whole group."""
         assert self.worker is not None
         return list(self.worker.run(group, skip))
-
-
-def hash_of_weights(model: OpenedModel) -> str:
-    """The fingerprint that a model has, or would have, on the CPU: equal for equal weights on any device."""
-    total = xxhash.xxh3_128()
-    for tensor in model.weights.tensors():
-        total.update(f"|{tensor.dtype}|{tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
 
 
 def _placed(origin: Mapping[str, Any], device: str | None) -> dict[str, Any]:

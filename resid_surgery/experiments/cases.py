@@ -97,7 +97,7 @@ def read_cases(path: Any) -> list[Case]:
             try:
                 cases.append(as_case(json.loads(line)))
             except (ResidSurgeryError, ValueError, RecursionError) as error:
-                raise PromptError(f"line {number} of {file}: {error}") from None
+                raise PromptError(f'line {number} of {file} must be {{"text": ..., "target": ...}}: {error}') from None
     if not cases:
         raise PromptError(f"{file} has no prompt in it: one JSON object a line is wanted.")
     return cases

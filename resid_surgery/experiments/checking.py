@@ -18,10 +18,11 @@ from resid_surgery.attribution.queries import need_candidates, need_competitors,
 from resid_surgery.errors import ArgumentError, InterventionError, PromptError, ResidSurgeryError, SiteError
 from resid_surgery.experiments.arms import Scene, build, own_tokens, sites_of
 from resid_surgery.experiments.cases import Case, prompt_of
+from resid_surgery.experiments.columns import free
 from resid_surgery.experiments.finding import as_list, put_in, substituted
 from resid_surgery.experiments.grammar import DONORS, referred
 from resid_surgery.experiments.plans import Plan
-from resid_surgery.experiments.tables import label_types, taken
+from resid_surgery.experiments.tables import label_types
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import BoundPrompt, bind
 from resid_surgery.stream.grouping import MOST_BYTES, recording_bytes
@@ -137,7 +138,7 @@ def _check_places(plan: Plan, bound: BoundPrompt) -> None:
 
 def _check_columns(plan: Plan, cases: Sequence[Case]) -> None:
     for name in label_types(cases):
-        if name in plan.axes or name in taken(plan) or name.startswith("bs_"):
+        if name in plan.axes or not free(name):
             raise ArgumentError(_check.message("labels", "named as no axis and no column is", name, do="Rename it."))
 
 

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import Any, final
 
 from resid_surgery.errors import RunError
-from resid_surgery.experiments.actors import Actor, Parcel, hash_of_weights
+from resid_surgery.experiments.actors import Actor, Parcel
 from resid_surgery.experiments.executors import Group
 from resid_surgery.experiments.on_ray import OnRay, brief, join, room
 from resid_surgery.experiments.work import Outcome, Worker
@@ -74,7 +74,7 @@ class Crew:
         if not self.jobs:
             return
         self._joined = join(self.engine)
-        self._want = hash_of_weights(self.worker.model), version("resid-surgery")
+        self._want = self.worker.model.weights.contents(), version("resid-surgery")
         self._parcel = self.ray.put(Parcel.of(self.worker, self.engine.place, self.ray.cloudpickle))
         self._workers = self.engine.workers or max(1, room(self.engine))
         try:

@@ -10,20 +10,13 @@ import torch
 from resid_surgery import _check
 from resid_surgery.errors import ArgumentError
 from resid_surgery.experiments.cases import prompt_entry, scalar
+from resid_surgery.experiments.columns import free
 from resid_surgery.models.prompts import Prompt
 from resid_surgery.sites import Site
 from resid_surgery.surgery.interventions import Intervention, Mean, Patch, Set, Steer
 from resid_surgery.surgery.storing import to_entry
 
 OWN = ("target", "versus")
-RESERVED = {
-    *("prompt", "row", "text", "target", "versus", "ids", "token", "arm", "operation", "site", "kind", "layer", "head"),
-    *("index", "source", "expert", "position", "size", "status", "set", "rank", "n_tokens", "top", "frame", "direct"),
-    *("post_norm", "norm_scale", "indirect", "error", "stage", "rows", "log_prob", "prob", "kl", "entropy", "value"),
-    *("score_name", "evaluations", "candidates", "proof", "message", "traceback", "role", "token_id", "closure"),
-    *("log_prob_change", "log_prob_before", "log_prob_after", "prob_before", "prob_after", "rank_before", "rank_after"),
-    *("direct_centred", "post_norm_centred", "norm_scale_centred", "indirect_centred", "donors"),
-}
 LOCATE = ("kind", "k", "score", "worst", "norm", "layers", "versus")
 RANDOM = ("like", "draw")
 FIXED = ("sites",)
@@ -73,7 +66,7 @@ def axes_from(given: Any) -> dict[str, tuple[Any, ...]]:
         raise ArgumentError(_check.message("axes", "a mapping from names to lists of values", given))
     out: dict[str, tuple[Any, ...]] = {}
     for name, values in given.items():
-        if not isinstance(name, str) or not name.isidentifier() or name in RESERVED or name.startswith("bs_"):
+        if not isinstance(name, str) or not name.isidentifier() or not free(name):
             raise ArgumentError(_check.message("axes", "named by plain words that no column has", name))
         if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
             raise ArgumentError(_check.message(f"axis {name}", "a list of values", values))

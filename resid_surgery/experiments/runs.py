@@ -25,7 +25,7 @@ from resid_surgery.experiments.cases import Case, as_cases, hash_of, lines_of
 from resid_surgery.experiments.checking import Checked, check
 from resid_surgery.experiments.crew import Crew
 from resid_surgery.experiments.executors import Executor, Local
-from resid_surgery.experiments.folder import PROMPTS, SCHEMA, WHAT, Folder, machine, moment, together
+from resid_surgery.experiments.folder import LOG, PROMPTS, SCHEMA, WHAT, Folder, machine, moment, together
 from resid_surgery.experiments.interrupts import Interrupts
 from resid_surgery.experiments.on_ray import OnRay
 from resid_surgery.experiments.plans import Plan, differences
@@ -172,8 +172,7 @@ def _carry_out(
         raise KeyboardInterrupt(said) from None
     except BaseException as error:
         watch.log.error("stopped by %s: %s", type(error).__name__, error)
-        if not isinstance(error, RunError) or book.held:
-            _save_if_possible(book)
+        _save_if_possible(book)
         raise
     book.save()
     watch.log.info("finished: %s", watch.summary())
@@ -227,7 +226,7 @@ def _manifest(
     return {
         "schema": SCHEMA,
         "what": WHAT,
-        "model": {"name": model.name, "fingerprint": model.fingerprint(), "config": _config_hash(model),
+        "model": {"name": model.name, "fingerprint": model.weights.contents(), "config": _config_hash(model),
                   "family": a.layout.family,
                   "dtype": str(model.dtype).removeprefix("torch."), "n_layers": a.n_layers, "d_model": a.d_model},
         "plan": plan.entry(),
@@ -250,7 +249,7 @@ def _config_hash(model: OpenedModel) -> str:
 def _origin(model: OpenedModel) -> dict[str, Any] | None:
     """What `load` opens the model from again; None for an object, or one changed since."""
     given = model.origin
-    if given is None or given["tokenizer"] is not None or given["anatomy"] is not None:
+    if given is None or given["tokenizer"] is not None or given["anatomy"] is not None or model.changed:
         return None
     path = Path(given["model"]).expanduser()
     dtype = str(model.dtype).removeprefix("torch.")
@@ -271,9 +270,7 @@ def _begin(folder: Folder, manifest: dict[str, Any], cases: Sequence[Case], log:
     """
     if not folder.begun:
         strange = [
-            one.name
-            for one in folder.path.iterdir()
-            if not one.name.startswith(".") and one.name not in (PROMPTS, "run.log")
+            one.name for one in folder.path.iterdir() if not one.name.startswith(".") and one.name not in (PROMPTS, LOG)
         ]
         if strange:
             raise RunError(

@@ -18,31 +18,20 @@ import pyarrow as pa
 from resid_surgery._files import utf8
 from resid_surgery.errors import ArgumentError
 from resid_surgery.experiments.cases import Case
+from resid_surgery.experiments.columns import (
+    ABOUT,
+    CLEAN,
+    EFFECTS,
+    FAILURES,
+    LOCATED,
+    MEASURED,
+    REAL,
+    SPOT,
+    TEXT,
+    WHOLE,
+)
 from resid_surgery.experiments.plans import Plan
 
-TEXT, WHOLE, REAL = pa.string(), pa.int64(), pa.float64()
-ABOUT = {"prompt": WHOLE, "text": TEXT, "target": TEXT}
-SPOT = {"operation": TEXT, "site": TEXT, "kind": TEXT, "layer": WHOLE, "head": WHOLE, "index": WHOLE, "source": WHOLE,
-        "expert": WHOLE, "position": WHOLE, "token": TEXT, "size": WHOLE}  # fmt: skip
-MEASURED = {
-    "bs": {"direct": REAL, "frame": TEXT},
-    "log_prob": {"log_prob": REAL, "log_prob_change": REAL, "prob": REAL, "kl": REAL, "direct": REAL, "frame": TEXT},
-    "all": {"log_prob": REAL, "log_prob_change": REAL, "prob": REAL, "kl": REAL, "rank": WHOLE, "top": TEXT,
-            "entropy": REAL, "direct": REAL, "frame": TEXT},
-    "effect": {"log_prob": REAL, "log_prob_change": REAL, "prob": REAL, "kl": REAL, "rank": WHOLE, "top": TEXT,
-               "entropy": REAL, "direct": REAL, "post_norm": REAL, "norm_scale": REAL, "indirect": REAL},
-}  # fmt: skip
-LOCATED = {"set": TEXT, "rank": WHOLE, "site": TEXT, "kind": TEXT, "layer": WHOLE, "score_name": TEXT, "value": REAL,
-           "bs_target": REAL, "evaluations": WHOLE, "candidates": WHOLE, "proof": TEXT, "norm": TEXT,
-           "position": WHOLE}  # fmt: skip
-EFFECTS = {"row": WHOLE, "token": TEXT, "token_id": WHOLE, "role": TEXT, "bs_before": REAL, "bs_after": REAL,
-           "bs_change": REAL, "direct": REAL, "post_norm": REAL, "norm_scale": REAL, "indirect": REAL, "closure": REAL,
-           "bs_change_centred": REAL, "direct_centred": REAL, "post_norm_centred": REAL, "norm_scale_centred": REAL,
-           "indirect_centred": REAL, "log_prob_before": REAL, "log_prob_after": REAL, "log_prob_change": REAL,
-           "prob_before": REAL, "prob_after": REAL, "rank_before": WHOLE, "rank_after": WHOLE}  # fmt: skip
-CLEAN = {"n_tokens": WHOLE, "position": WHOLE, "status": TEXT, "rows": WHOLE, "bs_target": REAL, "log_prob": REAL,
-         "prob": REAL, "rank": WHOLE, "entropy": REAL, "top": TEXT}  # fmt: skip
-FAILURES = {"stage": TEXT, "error": TEXT, "message": TEXT, "traceback": TEXT}
 LEDGER = "prompts"
 TABLES = ("prompts", "rows", "located", "effects", "failures")
 
@@ -68,12 +57,6 @@ def schemas(plan: Plan, cases: Sequence[Case], versus: int) -> dict[str, pa.Sche
     if plan.intervene and plan.measure == "effect":
         found["effects"] = about | {"row": WHOLE, "arm": TEXT} | axes | EFFECTS
     return {name: pa.schema(list(found[name].items())) for name in TABLES if name in found}
-
-
-def taken(plan: Plan) -> set[str]:
-    """Columns that no label may be called."""
-    every = (ABOUT, SPOT, LOCATED, EFFECTS, CLEAN, FAILURES, MEASURED["all"], MEASURED["effect"])
-    return {name for some in every for name in some} | {"row", "arm", "versus", "ids", "donors"}
 
 
 def label_types(cases: Sequence[Case]) -> dict[str, pa.DataType]:

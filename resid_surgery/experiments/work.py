@@ -72,9 +72,9 @@ class Worker:
             StaleRecordingError: the model's weights changed during the run.
         """
         with running(self.model, self.remote):  # never around a yield: the caller's own traces are his
-            recs: list[Recording | Exception] = self._recorded(group)
-        for at, (number, case) in enumerate(group):
-            found, recs[at] = recs[at], _TAKEN
+            recs = self._recorded(group)[::-1]  # the last is taken, so that no recording is held longer than it is used
+        for number, case in group:
+            found = recs.pop()
             if number in skip:
                 continue
             if isinstance(found, Recording):
@@ -84,7 +84,7 @@ class Worker:
             else:
                 yield self.failed(number, case, "record", found)
 
-    def failed(self, number: int, case: Case, stage: str, error: BaseException, status: str = "failed") -> Outcome:
+    def failed(self, number: int, case: Case, stage: str, error: BaseException) -> Outcome:
         """The outcome of a prompt that failed."""
         text = {"text": _text(case), "target": str(case.prompt.target)}
         about = said(number, case, text)
@@ -95,12 +95,12 @@ class Worker:
             "message": escaped(" ".join(str(error).split())),
             "traceback": escaped(trace),
         }
-        tables = {"failures": about | row, "prompts": about | {"status": status, "rows": 0}}
+        tables = {"failures": about | row, "prompts": about | {"status": "failed", "rows": 0}}
         return Outcome(
-            number, status, {name: fit(pd.DataFrame([one]), self.schemas[name]) for name, one in tables.items()}
+            number, "failed", {name: fit(pd.DataFrame([one]), self.schemas[name]) for name, one in tables.items()}
         )
 
-    def _recorded(self, group: Sequence[Numbered]) -> list[Any]:
+    def _recorded(self, group: Sequence[Numbered]) -> list[Recording | Exception]:
         bound = [bind(case.prompt, self.model.tokenizer, self.model) for _, case in group]
         try:
             return list(record_group(self.model, bound, every=False))
@@ -172,9 +172,6 @@ class Worker:
             return self._donors[prompt]
 
         return donor
-
-
-_TAKEN = RuntimeError("this recording was handed out already")
 
 
 def _text(case: Case) -> str:

@@ -58,11 +58,18 @@ class Weights:
         """Hash of every tensor: dtypes, shapes and bytes."""
         total = xxhash.xxh3_128()
         for tensor in self.tensors():
-            total.update(f"|{tensor.dtype}|{tuple(tensor.shape)}".encode())
-            _feed(total, tensor)
+            _add(total, tensor, tensor)
         self._fingerprint = total.hexdigest()
         self.first = self.first or self._fingerprint
         return self._fingerprint
+
+    def contents(self) -> str:
+        """Hash of every tensor's bytes, wherever it lies: equal for equal weights on any device. It is the fingerprint
+        of weights on the CPU."""
+        total = xxhash.xxh3_128()
+        for tensor in self.tensors():
+            _add(total, tensor, tensor.detach().cpu())
+        return total.hexdigest()
 
     def known_fingerprint(self) -> str:
         """The last full fingerprint while the quick look sees no change, else a new one."""
@@ -98,6 +105,11 @@ def _diagonal(tensor: Tensor) -> Tensor:
     rows, columns = torch.arange(height), torch.arange(width)
     picked = torch.cat([rows * width + rows % max(1, width), (columns % max(1, height)) * width + columns])
     return picked[picked < tensor.numel()].to(tensor.device)
+
+
+def _add(total: Any, tensor: Tensor, held: Tensor) -> None:
+    total.update(f"|{tensor.dtype}|{tuple(tensor.shape)}".encode())
+    _feed(total, held)
 
 
 def _feed(total: Any, tensor: Tensor) -> None:

@@ -238,6 +238,11 @@ class OpenedModel:
             }
             return _copied(self.module, views, self.name, self.weights.tensors())
 
+    @property
+    def changed(self) -> bool:
+        """Whether its weights are others than when they were first looked at, as a rule when it was loaded."""
+        return self.fingerprint() != self.weights.first
+
     def fingerprint(self) -> str:
         """Hash of every parameter and buffer, taken now (24 ms for 540 MB)."""
         with self.lock:

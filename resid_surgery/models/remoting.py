@@ -159,7 +159,7 @@ def _unnamed(model: OpenedModel) -> str:
         return "it was not read from the hub"
     if Path(name).expanduser().exists() or not HUB_NAME.fullmatch(name):
         return f"it was read from {name}, which is no hub id"
-    if model.fingerprint() != model.weights.first:
+    if model.changed:
         return "its weights were changed in memory"
     return ""
 
