@@ -341,3 +341,8 @@ def _in_range(name: str, value: int, size: int, sizes: Sizes, unit: str) -> int:
         hint = " Count from the end with layer=-1." if name == "layer" else ""
         raise SiteError(f"`{name}` must be in 0..{size - 1} for {sizes.name} ({size} {unit}); got {value}.{hint}")
     return value % size
+
+
+def part_of(site: Site) -> str:
+    """Whose sublayer a site belongs to: "attn" or "mlp"."""
+    return str(getattr(site, "part", "attn" if isinstance(site, (Head, HeadSource, AttnNeuron)) else "mlp"))

@@ -146,7 +146,7 @@ BAD_LINES = {
     "no target": '{"text": "The"}',
     "no text": '{"target": " Paris"}',
     "a text that is a number": '{"text": 3, "target": " Paris"}',
-    "competitors that are a number": '{"text": "The", "target": " Paris", "versus": 3}',
+    "competitors that are no tokens": '{"text": "The", "target": " Paris", "versus": 3.5}',
     "half a line": '{"text": "The", "tar',
 }
 

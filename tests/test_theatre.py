@@ -280,8 +280,8 @@ def test_what_is_no_value_is_refused(value):
         doing.a_value(value)
 
 
-def test_values_keep_three_digits():
-    assert doing.a_value(0.12349) == 0.123
+def test_values_keep_five_digits_however_small_they_are():
+    assert doing.a_value(0.00123456) == 0.0012346
     assert doing.a_value(-1000) == -1000.0
 
 

@@ -68,32 +68,6 @@ def prompt_of(text: str, target: str, versus: list[str] | None) -> Any:
     return rs.Prompt(text, target=target, versus=versus or ())
 
 
-def prompts_of(file: Path) -> list[Any]:
-    """Prompts of a file of JSON lines."""
-    import resid_surgery as rs
-
-    found = []
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # other line ends may stand inside JSON strings
-    except UnicodeDecodeError as error:
-        raise rs.PromptError(f"{file} must be a text of JSON lines in UTF-8; {error.reason}.") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            one = json.loads(line)
-            versus = one.get("versus")
-            found.append(prompt_of(one["text"], one["target"], [versus] if isinstance(versus, str) else versus))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise rs.PromptError(
-                f'line {number} of {file} must be {{"text": ..., "target": ...}} (and "versus": [...]); '
-                f"{type(error).__name__}: {error}."
-            ) from None
-    if not found:
-        raise rs.PromptError(f"{file} has no prompt in it: one JSON object a line is wanted.")
-    return found
-
-
 def said(rec: Any) -> dict[str, Any]:
     """What was asked, for JSON: tokens used, position, target and competitors in column order."""
     p = rec.prompt

@@ -24,7 +24,6 @@ from resid_surgery.cli.common import (
     busy,
     load,
     prompt_of,
-    prompts_of,
     said,
     show,
     tokens,
@@ -92,7 +91,7 @@ def locate_many(
     if (prompts is None) == (not facts):
         raise rs.ArgumentError("either `--facts` or `--prompts` must be given, and not both.")
     folder = None if out is None else check_out(out)
-    some = [] if prompts is None else prompts_of(prompts)[:limit]
+    some = [] if prompts is None else [case.prompt for case in rs.read_cases(prompts)[:limit]]
     for one in facts or []:
         rs.facts(one)  # refused before a model is loaded
     opened = load(model, dtype, device)

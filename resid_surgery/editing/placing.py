@@ -150,11 +150,6 @@ def stored(model: OpenedModel, names: Iterable[str]) -> Mapping[str, Tensor]:
     return found
 
 
-def part_of(site: Site) -> str:
-    """ "attn" or "mlp": which sublayer a site belongs to."""
-    return str(getattr(site, "part", "attn" if isinstance(site, (Head, AttnNeuron)) else "mlp"))
-
-
 def _projection(model: OpenedModel, layer: int, part: str, rows: Iterable[int]) -> Place:
     model.rows(layer, part)  # refuses other kinds of projection
     axis = 1 if isinstance(model.part(layer, part), nn.Linear) else 0  # Conv1D keeps rows as rows

@@ -27,12 +27,12 @@ from torch import Tensor
 from resid_surgery import _check
 from resid_surgery.editing.changes import Rows
 from resid_surgery.editing.edits import Edit, new_edit
-from resid_surgery.editing.placing import NEURONS, Place, part_of, places_of, single_sites, sites_given, stored
+from resid_surgery.editing.placing import NEURONS, Place, places_of, single_sites, sites_given, stored
 from resid_surgery.editing.rewrites import Rewrite
 from resid_surgery.errors import ArgumentError, SiteError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import token_id
-from resid_surgery.sites import AttnNeuron, Site
+from resid_surgery.sites import AttnNeuron, Site, part_of
 from resid_surgery.stream.kinds import neuron_place
 from resid_surgery.stream.recording import need_model, reach
 from resid_surgery.surgery.arguments import numbers

@@ -4,6 +4,7 @@ Tables are tidy DataFrames. Every row says its convention: the norm ("frozen" or
 position, and the soft-cap, which bs-values stand before.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from resid_surgery._check import choice, whole
 from resid_surgery.addresses import as_sites, expand
+from resid_surgery.sites import Site, part_of
 from resid_surgery.stream.blocks import Block
 from resid_surgery.stream.recording import Recording, need_recording
 from resid_surgery.stream.subvalues import GRAINS, addends, resolve_in, vector_of
@@ -111,6 +113,24 @@ def stream_states(rec: Recording) -> tuple[list[str], list[Tensor]]:
             states.append(rec.resid_mid(layer))
     last = rec.model.anatomy.n_layers - 1
     return [*names, f"L{last}.resid_post"], [*states, rec.work(rec.resid_final)]
+
+
+def state_height(state: str) -> float:
+    """Where a state stands along the layers: L3.resid_pre at 3, L3.resid_mid at 3.5, L3.resid_post at 4."""
+    layer, _, stage = state.removeprefix("L").partition(".resid_")
+    return int(layer) + {"pre": 0.0, "mid": 0.5, "post": 1.0}[stage]
+
+
+def state_after(site: Site, states: Sequence[str]) -> str:
+    """The first of a stream's states, in forward order, that holds what a site writes; the last where none later does.
+
+    What attention writes stands in the state between a layer's sublayers, where the block has one.
+    """
+    layer = getattr(site, "layer", 0)
+    later = [f"L{layer + 1}.resid_pre"]
+    if part_of(site) == "attn":
+        later.insert(0, f"L{layer}.resid_mid")
+    return next((name for name in later if name in states), states[-1])
 
 
 def stream_bs(rec: Recording) -> pd.DataFrame:

@@ -108,7 +108,7 @@ def _tables() -> str:
     found = re.search(r"\bexport\s*\{[^}]*?\b([\w$]+) as default\b[^}]*\}", text)
     if found is None:
         raise ArgumentError(f"itables {_version('tables')} has another bundle of DataTables than is known: pip install "
-                            "'itables>=2.5,<3'.")  # fmt: skip
+                            "'itables>=2.9,<3'.")  # fmt: skip
     text = f"{text[: found.start()]}window.DataTable={found[1]};{text[found.end() :]}"
     return _inlined(text)
 

@@ -13,7 +13,7 @@ def plain(text: Any) -> str:
     the figure's font has not, stand as their escapes, such as ``\\u7684``.
     """
     known = _known(_families())
-    return "".join(one if _drawn(one, known) else _escaped(one) for one in str(text)).replace("$", r"\$")
+    return "".join(one if _drawn(one, known) else escaped(one) for one in str(text)).replace("$", r"\$")
 
 
 def quoted(token: Any, most: int | None = None) -> str:
@@ -42,7 +42,8 @@ def _drawn(one: str, known: frozenset[int]) -> bool:
     return one.isprintable() and ord(one) in known
 
 
-def _escaped(one: str) -> str:
+def escaped(one: str) -> str:
+    """A character as its escape, such as ``\\u7684``."""
     return one.encode("unicode_escape").decode("ascii")
 
 

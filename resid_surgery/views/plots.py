@@ -7,7 +7,8 @@ import pandas as pd
 
 from resid_surgery._check import message
 from resid_surgery.errors import ArgumentError
-from resid_surgery.sites import Neuron, Site
+from resid_surgery.sites import ExpertNeuron, Neuron, SharedNeuron, Site
+from resid_surgery.stream.tables import state_after
 from resid_surgery.views.lettering import plain, quoted
 from resid_surgery.views.shading import Shades, largest, show_cells, write_cells
 
@@ -54,28 +55,24 @@ def plot_stream(stream: pd.DataFrame, *, marked: Sequence[Site] = (), ax: "Axes 
 def _mark(ax: "Axes", target: pd.DataFrame, marked: Sequence[Site]) -> None:
     """Markers on the target's curve at the state that a site's sublayer has just written."""
     heights = dict(zip(target["site"], zip(target["step"], target["bs_value"], strict=True), strict=True))
-    last = target.iloc[-1]
     seen: dict[tuple[str, bool], list[Site]] = {}
     for site in marked:
-        layer, neuron = getattr(site, "layer", 0), isinstance(site, Neuron)
-        after = f"L{layer + 1}.resid_pre" if neuron else f"L{layer}.resid_mid"
-        after = after if after in heights else f"L{layer + 1}.resid_pre"  # a parallel block has no middle
-        seen.setdefault((after, neuron), []).append(site)
-    ends = (last["step"], last["bs_value"])
+        neuron = isinstance(site, (Neuron, ExpertNeuron, SharedNeuron))
+        seen.setdefault((state_after(site, list(heights)), neuron), []).append(site)
     for kind, marker, label in ((True, "o", "located neurons"), (False, "^", "located attention subvalues")):
-        places = [heights.get(name, ends) for name, neuron in seen if neuron is kind]
+        places = [heights[name] for name, neuron in seen if neuron is kind]
         if places:
             ax.plot(*zip(*places, strict=True), marker, ms=7, color="black", mfc="none", mew=1.4, ls="", label=label)
-    for i, ((name, _), sites) in enumerate(sorted(seen.items(), key=lambda item: heights.get(item[0][0], ends)[0])):
+    for i, ((name, _), sites) in enumerate(sorted(seen.items(), key=lambda item: heights[item[0][0]][0])):
         more = f" +{len(sites) - 1}" if len(sites) > 1 else ""
         # alternate sides, so that neighbours on a steep curve do not collide; never over the edge
         left = i % 2 == 0 or i == len(seen) - 1
-        ax.annotate(f"{sites[0]}{more}", heights.get(name, ends), xytext=(-14 if left else 14, 12 if left else -12),
+        ax.annotate(f"{sites[0]}{more}", heights[name], xytext=(-14 if left else 14, 12 if left else -12),
                     textcoords="offset points", fontsize=7, ha="right" if left else "left", va="center",
                     bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.4},
                     arrowprops={"arrowstyle": "-", "lw": 0.5})  # fmt: skip
     ax.margins(y=0.1)
-    ax.set_xlim(right=last["step"] * 1.12)
+    ax.set_xlim(right=target["step"].iloc[-1] * 1.12)
 
 
 def plot_grid(

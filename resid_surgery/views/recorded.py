@@ -10,7 +10,7 @@ from resid_surgery.attribution.catalogue import SCORES
 from resid_surgery.attribution.locating import Located
 from resid_surgery.models.prompts import BoundPrompt
 from resid_surgery.stream.recording import Recording
-from resid_surgery.stream.tables import bs_columns, decompose, lens, predictions, stream_bs
+from resid_surgery.stream.tables import bs_columns, decompose, lens, predictions, state_height, stream_bs
 from resid_surgery.views.charts import lines, points
 from resid_surgery.views.findings import ALONE, SCORE, against, label, leads, lens_lines, over, over_name, subvalues
 from resid_surgery.views.pages import Chart, Control, Page, Part, part, table_page, tips
@@ -122,11 +122,6 @@ def numbered_rows(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: _known(value) for name, value in row.items()} | {"at": i} for i, row in enumerate(rows)]
 
 
-def _height(site: str, layer: int) -> float:
-    """Where a state stands along the layers."""
-    return layer + {"resid_pre": 0.0, "resid_mid": 0.5, "resid_post": 1.0}[site.rsplit(".", 1)[1]]
-
-
 def _known(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
@@ -136,7 +131,7 @@ def _stream_rows(prompt: BoundPrompt, one: Row, said: Mapping[Any, str]) -> list
     token, i = label(prompt, one["token_id"]), prompt.readouts.index(one["token_id"])
     told = tips(("state", one["site"]), ("token", token), (one["unit"].split(",")[0], one["y"]), ("norm", one["norm"]),
                 ("most probable here", said.get(one["site"])))  # fmt: skip
-    base = {"name": f"{one['site']} {token}", "kind": token, "x": _height(one["site"], int(one["layer"])),
+    base = {"name": f"{one['site']} {token}", "kind": token, "x": state_height(one["site"]),
             "y": one["y"], "unit": one["unit"], "norm": one["norm"], "tip": told}  # fmt: skip
     shown_by = [ALONE, *(str(j) for j in range(len(prompt.versus)) if i in (0, j + 1))]
     return [base | {VERSUS: key} for key in shown_by]

@@ -9,7 +9,6 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Grid = "np.ndarray[Any, np.dtype[np.float64]]"
 MINUS = "\u2212"
 
 

@@ -19,9 +19,9 @@ from resid_surgery.attribution.sources import sources
 from resid_surgery.errors import ArgumentError, PromptError, UnsupportedModelError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import Prompt, bind, token_id, token_text
-from resid_surgery.sites import Head, HeadSource, Neuron, Site
+from resid_surgery.sites import HeadSource, Neuron, Site
 from resid_surgery.stream.recording import Recording, record
-from resid_surgery.stream.tables import bs_columns, predictions, spectrum, stream_bs
+from resid_surgery.stream.tables import bs_columns, predictions, spectrum, state_after, stream_bs
 
 FED = ("key", "writer", "position", "share", "unit", "edge")
 KINDS = ("neuron", "head_source", "head")
@@ -162,10 +162,8 @@ def found(stage: Stage, kind: str, k: int = 10) -> pd.DataFrame:
 
 def _after(stage: Stage, site: Site) -> tuple[int, float]:
     """The first state of the stream that holds what a site wrote, and the target's bs-value there."""
-    layer, names = site.layer, stage.stream[stage.stream["role"] == "target"]  # type: ignore[attr-defined]
-    middle, later = names["site"] == f"L{layer}.resid_mid", names["layer"] > layer
-    at = names[middle] if isinstance(site, (Head, HeadSource)) and middle.any() else names[later]
-    row = (at if len(at) else names.iloc[-1:]).iloc[0]
+    names = stage.stream[stage.stream["role"] == "target"].set_index("site")
+    row: Any = names.loc[state_after(site, list(names.index))]
     return int(row["step"]), float(row["bs_value"])
 
 

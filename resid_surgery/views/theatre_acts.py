@@ -131,14 +131,18 @@ def a_cut(stage: Stage, writer: Any, reader: Any, side: str = "all", norm: str =
 
 
 def a_value(value: Any) -> float:
-    """A slider's or a field's number, to three digits behind the point.
+    """A slider's or a field's number, to five digits.
 
     Raises:
         ArgumentError: it is none, or out of bounds.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MOST_VALUE:
         raise ArgumentError(message("value", f"a number from {-MOST_VALUE} to {MOST_VALUE}", value))
-    return round(float(value), 3)
+    return _digits(value)
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def checked(stage: Stage, operations: Sequence[Intervention]) -> None:
@@ -169,7 +173,7 @@ def in_mode(stage: Stage, site: Site, mode: str) -> Knob:
         ArgumentError: another mode, or clamping what has no coefficient.
     """
     choice("mode", mode, MODES)
-    return Knob(site, "clamp", round(coefficient(stage, site), 3)) if mode == "clamp" else Knob(site)
+    return Knob(site, "clamp", _digits(coefficient(stage, site))) if mode == "clamp" else Knob(site)
 
 
 def coefficient(stage: Stage, site: Site) -> float:

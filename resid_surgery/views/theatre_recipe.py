@@ -1,6 +1,7 @@
 """What was done in the theatre as a recipe: a file of percent cells with ``main(model, ...)`` that does it again."""
 
 from resid_surgery.surgery.interventions import Intervention
+from resid_surgery.views.lettering import escaped
 from resid_surgery.views.theatre import Stage
 from resid_surgery.views.theatre_acts import Outcome
 
@@ -129,7 +130,7 @@ def _literal(text: str) -> str:
 
 def _ascii(code: str) -> str:
     """Code whose strings hold no invisible or reordering character."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in code)
+    return "".join(c if c.isprintable() else escaped(c) for c in code)
 
 
 def _tuple(items: list[str]) -> str:

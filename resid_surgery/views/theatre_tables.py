@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from resid_surgery._html import number_text
+from resid_surgery.stream.tables import state_height
 from resid_surgery.views.theatre import About, Stage, readout_columns
 from resid_surgery.views.theatre_acts import Outcome
 
@@ -156,13 +157,7 @@ def _line(i: int, token: str, rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def _point(row: Mapping[Any, Any]) -> dict[str, Any]:
-    return {"name": str(row["site"]), "value": [_across(str(row["site"])), round(float(row["bs_value"]), 4)]}
-
-
-def _across(state: str) -> float:
-    """Where a state stands: L3.resid_pre at 3, L3.resid_mid at 3.5, L3.resid_post at 4."""
-    layer, stage = state[1:].split(".resid_")
-    return int(layer) + {"pre": 0.0, "mid": 0.5, "post": 1.0}[stage]
+    return {"name": str(row["site"]), "value": [state_height(str(row["site"])), round(float(row["bs_value"]), 4)]}
 
 
 def _marks(stage: Stage, marked: pd.DataFrame) -> dict[str, Any]:
@@ -170,7 +165,7 @@ def _marks(stage: Stage, marked: pd.DataFrame) -> dict[str, Any]:
     data, there = [], dict[float, int]()
     states = dict(zip(stage.stream["step"], stage.stream["site"], strict=True))
     for row in marked.to_dict("records"):
-        across = _across(str(states[row["step"]]))
+        across = state_height(str(states[row["step"]]))
         height = there[across] = there.get(across, -1) + 1
         data.append({"name": str(row["site"]), "value": [across, round(float(row["bs_value"]), 4)],
                      "symbolOffset": [0, -13 * height]})  # fmt: skip
