@@ -15,6 +15,7 @@ from pages import NASTY, Elements
 from test_theatre import TEXT, theatre_tokenizer
 
 import resid_surgery as rs
+from resid_surgery.views import operated
 from resid_surgery.views import theatre as play
 from resid_surgery.views import theatre_tables as tables
 from resid_surgery.views.report import MOST, report_html
@@ -48,6 +49,22 @@ def test_what_a_table_leaves_out_is_said_where_its_last_row_is_taken_away() -> N
     assert any("The first 2000 of 2001 are in this page" in one for one in Elements(text).texts)
     assert "are in this page" not in report_html(pd.DataFrame({"n": range(2000)}))
     assert "are in this page" not in report_html(pd.DataFrame({"n": range(2001)}), interactive=False)  # its row says so
+
+
+def test_a_run_of_thousands_of_operations_shows_those_that_change_most() -> None:
+    means = pd.DataFrame({"operation": [f"op{i}" for i in range(3000)], "mean": [(-1) ** i * i for i in range(3000)],
+                          "low": -1.0, "high": 1.0, "n": 2})  # fmt: skip
+    chart = operated._means("operation", means)
+    assert [row["name"] for row in chart.rows] == [f"op{i}" for i in range(2940, 3000)]
+    assert chart.note == "The 60 of 3000 that change most; the table has them all."
+    assert chart.spec["height"] == 26 * 60 + 8
+    assert operated._means("operation", means[:60]).note == ""
+
+
+def test_what_cannot_be_cut_to_five_megabytes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(rs.ArgumentError, match="`value` must be one that fits on a page of 5,000,000 bytes"):
+        rs.write_report(pd.DataFrame({"text": ["y" * 600_000] * 10}), tmp_path / "page.html", interactive=False)
+    assert not list(tmp_path.iterdir())
 
 
 # -- figures
@@ -137,6 +154,34 @@ def test_of_another_prompt_nothing_stays(model: Any, monkeypatch: pytest.MonkeyP
     assert (page.wrong.error, page.acts.knobs) == (None, ())
     assert [call.args for call in page.details.set_visibility.call_args_list] == [(False,)]
     assert page.before.text == page.after.text != ""
+
+
+def test_rows_of_another_kind_do_not_stay_where_the_chosen_kind_has_none(model: Any) -> None:
+    async def played() -> Any:
+        page = page_without_browser(model)
+        await page.read()
+        assert len(page.found.rows) == 10
+        page.kind.value = "nonsense"
+        await page.find()
+        page.line.close()
+        return page
+
+    page = asyncio.run(played())
+    assert page.unknown.error.startswith("`kind` must be")
+    assert page.found.rows == []
+    assert len(page.marked) == 0
+
+
+@pytest.mark.parametrize("new", [0, 41, 2.5, float("nan"), float("inf"), None, "7"])
+def test_a_continuation_of_no_length_is_refused_and_nothing_is_exported(model: Any, new: Any) -> None:
+    async def played() -> Any:
+        page = page_without_browser(model)
+        page.stage, page.new.value = play.read(model, TEXT, " Paris", []), new
+        await page.export()
+        page.line.close()
+        return page
+
+    assert "`new` must be a whole number in 1..40" in asyncio.run(played()).unsaid.error
 
 
 SLOW = """let real;

@@ -33,6 +33,8 @@ from resid_surgery.views.recorded import (
 POSITION, ZEROED = "position", "zeroed"
 _OPERATED, _FOLLOWED = "operated on", "followed by itself"
 _CHANGE = "change of the logit, logits"
+MOST_MEANS = 60
+"""Means in one chart of a run."""
 
 
 def effect_page(value: Effect) -> Page:
@@ -234,11 +236,14 @@ def _cut_row(one: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _means(name: str, table: pd.DataFrame) -> Chart:
+    best = table["mean"].abs().rank(method="first", ascending=False) <= MOST_MEANS
+    note = "" if best.all() else f"The {MOST_MEANS} of {len(table)} that change most; the table has them all."
     rows = [{"name": str(one[name]), "label": str(one[name]), "kind": name, "y": one["mean"], "low": one["low"],
              "high": one["high"], "unit": "mean log_prob_change, nats, with its interval over prompts",
              "tip": tips((name, str(one[name])), ("mean", one["mean"]), ("low", one["low"]), ("high", one["high"]),
-                         ("prompts", one["n"]))} for one in table.to_dict("records")]  # fmt: skip
-    return Chart(f"By {name}", intervals([name], (), "mean log_prob_change (nats)", len(rows)), numbered_rows(rows))
+                         ("prompts", one["n"]))} for one in table[best].to_dict("records")]  # fmt: skip
+    return Chart(f"By {name}", intervals([name], (), "mean log_prob_change (nats)", len(rows)), numbered_rows(rows),
+                 note=note)  # fmt: skip
 
 
 def _grouped(rows: pd.DataFrame, name: str) -> bool:

@@ -87,12 +87,11 @@ def report_html(value: Any, *, interactive: bool = True) -> str:
         need_packages(("charts", "tables") if kind in _CHARTED else ("tables",))
     page = dict(_PAGES)[kind](value)
     texts = scripts(page.kinds) if interactive else ()
-    text = ""
     for limit in _LIMITS if interactive else _LIMITS[2:]:
         text = _rendered(page, texts, limit)
         if len(text.encode("utf-8", "replace")) <= MOST:
-            break
-    return text
+            return text
+    raise ArgumentError(message("value", f"one that fits on a page of {MOST:,} bytes", repr(page.title)))
 
 
 def _rendered(page: Page, texts: tuple[str, ...], limit: int) -> str:

@@ -141,6 +141,15 @@ def a_value(value: Any) -> float:
     return _digits(value)
 
 
+def a_length(new: Any) -> int:
+    """How many tokens are generated; a field's number comes as 12 or 12.0.
+
+    Raises:
+        ArgumentError: it is none, or out of bounds.
+    """
+    return whole("new", int(new) if isinstance(new, float) and new.is_integer() else new, 1, MOST_NEW)
+
+
 def _digits(value: float) -> float:
     return float(f"{value:.5g}")
 

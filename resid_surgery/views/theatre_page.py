@@ -142,7 +142,7 @@ class Page:
             self.spectrum = ui.label("").classes("hint")
             self.refused = ui.label("").classes("hint")
             self.sources = listed("sources", tables.SOURCES, "id", [("edge", EDGE)])
-            self.sources.on("sever", lambda e: self.sever(*_ends(e.args)))
+            self.sources.on("sever", lambda e: self.sever(*tables.ends(e.args)))
         self.details.set_visibility(False)
 
     def _distribution(self) -> None:
@@ -185,7 +185,7 @@ class Page:
     # -- what its controls do
 
     @contextmanager
-    def _telling(self, field: Any = None) -> Iterator[None]:
+    def _telling(self, field: Any = None, failed: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Says errors at a field, or in the status line; what a later wish replaced is forgotten."""
         self._tell(field, "")
         self.busy.set_visibility(True)
@@ -193,6 +193,7 @@ class Page:
             yield
         except ResidSurgeryError as error:
             self._tell(field, str(error))
+            failed()
         except SupersededError:
             return
         self.busy.set_visibility(False)
@@ -237,14 +238,9 @@ class Page:
         """Locate subvalues of the chosen kind."""
         if (stage := self.stage) is None:
             return
-        with self._telling(self.unknown):
+        with self._telling(self.unknown, lambda: self._show_found(stage, pd.DataFrame())):
             kind = str(self.kind.value)
-            self.marked = await self.line.ask(self, "find", lambda: play.found(stage, kind))
-            self.found.columns = tables.found_columns(stage)
-            for name in play.readout_columns(stage):
-                self.found.add_slot(f"body-cell-{name}", NUMBER % 2)
-            self.found.rows = tables.found_rows(stage, self.marked)
-            self._draw(stage)
+            self._show_found(stage, await self.line.ask(self, "find", lambda: play.found(stage, kind)))
 
     async def choose(self, text: Any) -> None:
         """Give a subvalue a slider, and show what it promotes and what feeds it."""
@@ -325,15 +321,14 @@ class Page:
             outcome = await self.line.ask(self, "measure", lambda: doing.measured(stage, operations))
             self._show(outcome)
             self.status.set_text(f"answered in {1000 * (perf_counter() - begin):.0f} ms")
-        await self.regenerate()
+            await self.regenerate()
 
     async def regenerate(self) -> None:
         """Generate the clean and the operated continuation, in idle time."""
-        stage, operations, new = self.stage, self.acts.operations, self.new.value
-        if stage is None or new is None:
+        if (stage := self.stage) is None or self.new.value is None:
             return
         with self._telling(self.unsaid):
-            number = int(new) if new == int(new) else new
+            operations, number = self.acts.operations, doing.a_length(self.new.value)
             if self.plain != number:
                 await self._generate(stage, (), number, self.before)
                 self.plain = number
@@ -346,8 +341,8 @@ class Page:
         """Hand the recipe to the browser; nothing is written here."""
         if (stage := self.stage) is None:
             return
-        with self._telling():
-            operations, new = self.acts.operations, int(self.new.value or 12)
+        with self._telling(self.unsaid):
+            operations, new = self.acts.operations, doing.a_length(self.new.value)
             outcome = await self.line.ask(self, "export", lambda: doing.measured(stage, operations))
             ui.download.content(recipe(stage, operations, outcome, new, self.load), FILE, "text/x-python")
 
@@ -387,14 +382,15 @@ class Page:
         self.chart.options.update(tables.stream_chart(stage, self.marked if len(self.marked) else None))
         self.chart.update()
 
+    def _show_found(self, stage: play.Stage, marked: pd.DataFrame) -> None:
+        self.marked, self.found.columns = marked, tables.found_columns(stage)
+        for name in play.readout_columns(stage):
+            self.found.add_slot(f"body-cell-{name}", NUMBER % 2)
+        self.found.rows = tables.found_rows(stage, marked)
+        self._draw(stage)
+
     def _show(self, outcome: doing.Outcome) -> None:
         self.said.set_text(tables.summary(outcome))
         self.shares.rows = tables.distribution_rows(outcome)
         self.split.rows = tables.split_rows(outcome)
         self.split.set_visibility(bool(self.split.rows))
-
-
-def _ends(edge: Any) -> Sequence[str]:
-    """Writer, reader and side of an edge's text."""
-    writer, _, reader = str(edge).partition("->")
-    return (writer, reader.removesuffix(".value"), "value") if reader.endswith(".value") else (writer, reader)

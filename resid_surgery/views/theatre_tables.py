@@ -3,7 +3,7 @@
 Whatever comes from a model or a prompt stands in rows and names as text; nothing here is markup or code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -104,6 +104,12 @@ def source_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
          "share": signed(row["share"]), "edge": row["edge"]}
         for i, row in enumerate(table.to_dict("records"))
     ]  # fmt: skip
+
+
+def ends(edge: Any) -> Sequence[str]:
+    """Writer, reader and side of an edge's text."""
+    writer, _, reader = str(edge).partition("->")
+    return (writer, reader.removesuffix(".value"), "value") if reader.endswith(".value") else (writer, reader)
 
 
 def signed(value: Any) -> str:
