@@ -44,7 +44,7 @@ def main(
     asked = {
         "the values": list(map(str, values.sites)),
         "their queries": best,
-        "others at random": below["site"].sample(len(best), random_state=seed).tolist(),
+        "others at random": below["site"].sample(min(len(best), len(below)), random_state=seed).tolist(),
     }
     effects = rs.intervene_each(rec, [rs.Zero(sites) for sites in asked.values()])
     columns = ["bs_change", "direct", "indirect", "log_prob_change", "rank_after"]

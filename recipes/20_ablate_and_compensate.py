@@ -8,6 +8,8 @@
 # 4. Together against one by one: compensation is not additive.
 
 # %%
+import random
+from collections import Counter
 from typing import Any
 
 import pandas as pd
@@ -29,8 +31,12 @@ def main(
     model = rs.load("smollm2-135m") if model is None else model
     rec = rs.record(model, rs.Prompt(text, target=target, versus=versus))
     best = rs.locate(rec, k=k).sites
-    drawn = pd.Series(range(model.anatomy.d_mlp)).sample(k, random_state=seed)
-    control = [rs.Neuron(one.layer, int(index)) for one, index in zip(best, drawn, strict=True)]
+    control, draw = [], random.Random(seed)
+    for layer, count in Counter(one.layer for one in best).items():
+        others = [
+            rs.Neuron(layer, index) for index in range(model.anatomy.d_mlp) if rs.Neuron(layer, index) not in best
+        ]
+        control += draw.sample(others, count)
 
     # %% Both sets as rows of one forward; columns *_centred leave out what all tokens share.
     sets = {"located": best, "random": control}

@@ -18,10 +18,11 @@ from test_prompts import TEXT, word_tokenizer
 
 import resid_surgery as rs
 from resid_surgery.cli.main import app, run
+from resid_surgery.views import assets
 from resid_surgery.views.files import write_operated
 
 COMMANDS = {
-    "operate": {"--target", "--versus", "--model", "-k", "--out", "--json", "--dtype", "--device"},
+    "operate": {"--target", "--versus", "--model", "-k", "--out", "--static", "--json", "--dtype", "--device"},
     "decompose": {"--target", "--versus", "--model", "--grain", "--rows", "--json", "--dtype", "--device"},
     "recipe": {"--new"},
     "run": {"--out", "--prompts", "--facts", "--limit", "--model", "--executor", "--workers", "--address", "--num-gpus",
@@ -260,6 +261,20 @@ def test_operate_writes_every_table_and_the_picture_whole(cli: Cli, asked: list[
     assert picture.startswith(b"\x89PNG")
     assert picture.endswith(b"IEND\xaeB`\x82")
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in files)
+
+
+def test_operate_writes_a_page_of_plain_tables_where_it_is_asked(
+    cli: Cli, asked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assets, "find_spec", lambda name: None)
+    said = one_line(cli("operate", *asked, "-k", 2, "--out", tmp_path / "no"))
+    assert "an interactive page needs vl-convert-python and itables" in said
+    assert said.endswith("For a page of plain tables, without charts, take `--static`.")
+    assert not (tmp_path / "no").exists()
+    assert cli("operate", *asked, "-k", 2, "--out", tmp_path / "out", "--static").code == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<table" in page
+    assert "<script" not in page
 
 
 def test_operate_lists_the_files_that_it_wrote_over_older_ones(cli: Cli, asked: list[Any], tmp_path: Path) -> None:

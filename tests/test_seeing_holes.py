@@ -70,6 +70,14 @@ def test_what_cannot_be_cut_to_five_megabytes_is_refused(tmp_path: Path) -> None
 # -- figures
 
 
+def test_more_tokens_than_dashes_differ_in_their_marks(model: Any) -> None:
+    pytest.importorskip("matplotlib")
+    versus = [" London", " capital", " of", " is", "The"]
+    drawn = rs.plot_stream(rs.stream_bs(rs.record(model, rs.Prompt(TEXT, target=" Paris", versus=versus))))
+    looks = {(line.get_linestyle(), line.get_marker()) for line in drawn.get_lines()}
+    assert len(looks) == len(drawn.get_lines()) == 6
+
+
 def test_two_tokens_of_one_text_are_two_curves(model: Any) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
     stream = rs.stream_bs(rs.record(model, rs.Prompt(TEXT, target=" Paris", versus=[" London"])))

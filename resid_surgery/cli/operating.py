@@ -34,6 +34,9 @@ def operate(
     model: Model = "smollm2-135m",
     k: K = 10,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for CSV tables, a picture and a page.")] = None,
+    static: Annotated[
+        bool, typer.Option("--static", help="The page without scripts: plain tables; needs no extra `report`.")
+    ] = False,
     as_json: AsJson = False,
     dtype: Dtype = None,
     device: Device = None,
@@ -44,13 +47,13 @@ def operate(
     from resid_surgery.views.assets import need_packages
     from resid_surgery.views.files import check_out, write_operated
 
-    if out is not None:
-        need_packages(("charts", "tables"))
+    if out is not None and not static:
+        need_packages(("charts", "tables"), do="take `--static`")
     folder = None if out is None else check_out(out)
     opened, prompt = load(model, dtype, device), prompt_of(text, target, versus)
     with busy("operating"):
         done = run_operate(opened, prompt, k=k)
-        files = [] if folder is None else write_operated(done, folder)
+        files = [] if folder is None else write_operated(done, folder, interactive=not static)
     if as_json:
         about = said(done.rec) | {"closure": done.closure(), "seconds": done.seconds}
         print_json(about, done.tables(), files)

@@ -215,9 +215,16 @@ def _option(recipe: Recipe, one: inspect.Parameter) -> inspect.Parameter:
         raise ArgumentError(message("main", f"of parameters that can be options in {recipe.path}", str(one), do=do))
     default = [one.default] if kind.many and not isinstance(one.default, (list, tuple, NoneType)) else one.default
     default = one.empty if one.default is one.empty else list(default) if kind.many and default is not None else default
-    said = typer.Option(*kind.flags(one.name), help="Repeat for more." if kind.many else None)
+    help_text = "Repeat for more." if kind.many else None
+    said = typer.Option(*kind.flags(one.name), help=help_text, show_default=_seen(default))
     whole = kind.annotation | None if default is None else kind.annotation
     return _keyword(one.name, Annotated[whole, said], default)
+
+
+def _seen(default: Any) -> bool | str:
+    """How a default is shown: texts with blanks at an end in quotes."""
+    texts = [one for one in (default if isinstance(default, list) else [default]) if isinstance(one, str)]
+    return ", ".join(map(repr, texts)) if any(one != one.strip() for one in texts) else True
 
 
 def _given(value: Any, one: inspect.Parameter) -> Any:

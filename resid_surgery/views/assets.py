@@ -29,11 +29,11 @@ _MODULES = {"charts": "vl_convert", "tables": "itables"}
 _TAGS = re.compile(r"</?script|<!--", re.IGNORECASE)
 
 
-def need_packages(kinds: Sequence[str]) -> None:
+def need_packages(kinds: Sequence[str], do: str = "give write_report interactive=False") -> None:
     """Refuse, before any work, to make an interactive page without what it needs.
 
     Args:
-        kinds: of "charts" and "tables".
+        kinds: of "charts" and "tables". do: how to have a page without them.
 
     Raises:
         ArgumentError: a package is missing.
@@ -42,7 +42,7 @@ def need_packages(kinds: Sequence[str]) -> None:
     if missing:
         raise ArgumentError(
             f"an interactive page needs {' and '.join(missing)}: pip install 'resid-surgery[report]'. "
-            "For a page of plain tables, without charts, write_report takes interactive=False."
+            f"For a page of plain tables, without charts, {do}."
         )
 
 

@@ -8,12 +8,10 @@ from resid_surgery._check import message
 from resid_surgery.errors import ArgumentError
 from resid_surgery.views.lettering import plain, series
 from resid_surgery.views.plots import pyplot_module
+from resid_surgery.views.shading import MARKS, STYLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
-STYLES = ("-", "--", ":", "-.")
 
 
 def plot_intervals(

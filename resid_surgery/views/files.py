@@ -31,7 +31,7 @@ def check_out(folder: Path, name: str = "--out") -> Path:
     return folder
 
 
-def write_operated(done: Operated, folder: Path) -> list[Path]:
+def write_operated(done: Operated, folder: Path, *, interactive: bool = True) -> list[Path]:
     """Every table as CSV, the stream's picture and the page ``report.html``; returns the files written."""
     files = []
     for name, table in done.tables().items():
@@ -42,7 +42,7 @@ def write_operated(done: Operated, folder: Path) -> list[Path]:
         files.append(whole(folder / "stream.png", lambda path: figure.savefig(path, dpi=150)))  # type: ignore[union-attr]
     finally:
         pyplot_module().close(figure)
-    return [*files, write_report(done, folder / "report.html")]
+    return [*files, write_report(done, folder / "report.html", interactive=interactive)]
 
 
 def write_sweep(table: pd.DataFrame, value: str, folder: Path) -> list[Path]:

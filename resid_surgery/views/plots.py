@@ -10,12 +10,10 @@ from resid_surgery.errors import ArgumentError
 from resid_surgery.sites import ExpertNeuron, Neuron, SharedNeuron, Site
 from resid_surgery.stream.tables import state_after
 from resid_surgery.views.lettering import plain, quoted
-from resid_surgery.views.shading import Shades, largest, show_cells, write_cells
+from resid_surgery.views.shading import MARKS, STYLES, Shades, largest, show_cells, write_cells
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_STYLES = ("-", "--", ":", "-.")
 
 
 def plot_stream(stream: pd.DataFrame, *, marked: Sequence[Site] = (), ax: "Axes | None" = None) -> "Axes":
@@ -26,7 +24,7 @@ def plot_stream(stream: pd.DataFrame, *, marked: Sequence[Site] = (), ax: "Axes 
         ax: where to draw; a new figure's by default.
 
     Returns:
-        The Axes; lines differ in dash and label, not in colour alone.
+        The Axes; lines differ in dash, from the fifth on also in marker, not in colour alone.
 
     Raises:
         ArgumentError: matplotlib is not installed, or the table is not from `stream_bs`.
@@ -39,7 +37,8 @@ def plot_stream(stream: pd.DataFrame, *, marked: Sequence[Site] = (), ax: "Axes 
     target = stream[stream["role"] == "target"]
     for i, (_, curve) in enumerate(stream.groupby("token_id", sort=False)):  # two tokens may have one text
         name = quoted(curve["token"].iloc[0])
-        ax.plot(curve["step"], curve["bs_value"], _STYLES[i % 4], lw=2.2 if i == 0 else 1.6, label=name)
+        marks: dict[str, Any] = {"marker": MARKS[i % 8], "markevery": (i, 12), "ms": 5} if i >= len(STYLES) else {}
+        ax.plot(curve["step"], curve["bs_value"], STYLES[i % 4], lw=2.2 if i == 0 else 1.6, label=name, **marks)
     _mark(ax, target, marked)
     layers = target.groupby("layer")["step"].min()
     every = max(1, len(layers) // 15)

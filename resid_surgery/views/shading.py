@@ -1,4 +1,4 @@
-"""Shading: colour scales for cells, and the ink in which a number can be read on each."""
+"""Shading: dashes and marks of lines, colour scales for cells, and the ink in which a number can be read on each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MINUS = "\u2212"
+STYLES = ("-", "--", ":", "-.")
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 @final
