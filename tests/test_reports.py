@@ -112,7 +112,7 @@ def replaced(old, new):
     ("text", "error"),
     [
         ("{nonsense", "no JSON text"),
-        ('{"a": NaN}', "NaN is not JSON"),
+        ('{"a": NaN}', "NaN is no number of JSON"),
         ("{}", "no resid_surgery validation"),
         (replaced('"what": "resid_surgery validation"', '"what": "x"'), "this is no .*'x'"),
         (replaced('"schema": 1', '"schema": 9'), "has schema 9; this version reads 1"),

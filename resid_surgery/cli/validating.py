@@ -1,11 +1,11 @@
 """Commands that edit a model, find where an edit acts, and validate what it changed."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from resid_surgery._files import read_json
 from resid_surgery.cli.common import AsJson, Device, Dtype, Model, Rows, app, busy, load, print_json, show
 
 METHODS = ("rank-one", "least-squares", "value-rows", "coefficients")
@@ -248,7 +248,7 @@ def _limits(path: Path) -> dict[str, Any]:
     import resid_surgery as rs
 
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, 1 << 20)
     except ValueError as error:
         raise rs.ArgumentError(f"{path} must be JSON, gate -> [warn, fail]; {error}.") from None
     if not isinstance(found, dict):

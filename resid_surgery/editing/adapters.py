@@ -15,15 +15,19 @@ from typing import Any, final
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from resid_surgery._check import message
+from resid_surgery._check import index_of, message, shown
+from resid_surgery._check import path as as_path
+from resid_surgery._files import read_json
 from resid_surgery.errors import ArgumentError, LoadError
+from resid_surgery.models.kept import read_tensors
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.replacing import tensors_of, ties_of
 
 PREFIX = "base_model.model."
+LARGEST_CONFIG = 1 << 22
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Initialisations that leave the base's own weights as they are."""
 MORE = ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "trainable_token_indices",
@@ -56,7 +60,7 @@ def adapter_parts(base: OpenedModel, adapter: Any) -> AdapterParts:
     if importlib.util.find_spec("peft") is None:
         raise LoadError("reading an adapter needs the peft package: pip install 'resid-surgery[peft]'.")
     if isinstance(adapter, (str, os.PathLike)):
-        return _from_folder(base, Path(adapter).expanduser())
+        return _from_folder(base, as_path("adapter", adapter, "a folder that PEFT saved", home=True))
     if isinstance(adapter, nn.Module) and hasattr(adapter, "peft_config"):
         return _from_model(base, adapter)
     raise ArgumentError(message("adapter", "a folder that PEFT saved, or a PEFT model", adapter))
@@ -65,6 +69,7 @@ def adapter_parts(base: OpenedModel, adapter: Any) -> AdapterParts:
 def _from_folder(base: OpenedModel, folder: Path) -> AdapterParts:
     config, held = _config(folder), _numbers(folder)
     _require_plain(config, started=True)
+    _require_ranks(config, held, folder)
     factors, ties = [], ties_of(base.module)
     for path, layer in _layers(_skeleton(base, config, folder)):
         kind = "lora_embedding_{}" if _is_embedding(layer) else "lora_{}.weight"
@@ -165,7 +170,7 @@ def _skeleton(base: OpenedModel, config: Any, folder: Path) -> nn.Module:
         empty = copy.deepcopy(base.module, memo=memo)
     try:
         injected: nn.Module = inject_adapter_in_model(config, empty, low_cpu_mem_usage=True)
-    except ValueError as error:
+    except Exception as error:  # of many kinds, by what its config says; none is hidden
         raise ArgumentError(
             f"`adapter` must be of {base.name}; PEFT cannot put {folder.name} on it: {error}"
         ) from error
@@ -183,6 +188,7 @@ def _config(folder: Path) -> Any:
         why = "only pickled weights, which can run code when read and are never opened" if pickled else "no weights"
         raise LoadError(f"{folder} must hold adapter_model.safetensors; it has {why}.")
     try:
+        read_json(folder / "adapter_config.json", LARGEST_CONFIG, strict=False)
         return PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise LoadError(f"{folder} has no readable adapter_config.json: {error}.") from error
@@ -190,10 +196,17 @@ def _config(folder: Path) -> Any:
 
 def _numbers(folder: Path) -> dict[str, Tensor]:
     try:
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+        return read_tensors(folder / "adapter_model.safetensors")[1]
     except (OSError, SafetensorError, ValueError) as error:
         raise LoadError(f"{folder} has a damaged adapter_model.safetensors: {error}.") from error
+
+
+def _require_ranks(config: Any, held: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse ranks that no tensor of the adapter has: PEFT makes factors of the rank that it is told."""
+    largest = max((size for tensor in held.values() for size in tensor.shape), default=0)
+    for rank in (config.r, *dict(config.rank_pattern or {}).values()):
+        if index_of(rank) is None or not 1 <= rank <= largest:
+            raise LoadError(f"{folder} has a damaged adapter_config.json: no factor has rank {shown(rank)}.")
 
 
 def _require_plain(config: Any, *, started: bool) -> None:

@@ -7,11 +7,12 @@ Nothing is tokenised here, so no special token can depend on where a file lies.
 
 import os
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from resid_surgery._check import choice, message
+from resid_surgery._check import path as as_path
 from resid_surgery.editing.formats import Found, counterfact, easyedit, lre, pararel, zsre
 from resid_surgery.editing.hops import mquake, rippleedits
 from resid_surgery.editing.probes import SCHEMA, Probe, ProbeSet, probe_set
@@ -20,6 +21,8 @@ from resid_surgery.editing.rewrites import Rewrite
 from resid_surgery.errors import ArgumentError, LoadError, PromptError
 
 WHAT = "resid_surgery probes"
+MOST = 2_000_000
+"""Rewrites and probes of one call; the largest public sets make half a million."""
 
 
 def read_probes(path: Any, *, format: str | None = None) -> ProbeSet:
@@ -50,8 +53,10 @@ def read_probes(path: Any, *, format: str | None = None) -> ProbeSet:
     where = ", ".join(map(str, paths))
     if first is None:
         raise LoadError(f"{where} holds no record.")
-    kind = format or _format(first, where)
-    found = list(_READERS[kind](chain([first], records)))
+    kind = format or _format(first, ", ".join(one.name for one in paths))
+    found = list(islice(_READERS[kind](chain([first], records)), MOST + 1))
+    if len(found) > MOST:
+        raise LoadError(f"{where} must make at most {MOST:,} probes; it makes more. Split it into parts.")
     rewrites = tuple(dict.fromkeys(one for one in found if isinstance(one, Rewrite)))
     probes: list[Probe] | dict[Probe, None] = [one for one in found if isinstance(one, Probe)]
     if kind != "resid_surgery":
@@ -73,7 +78,7 @@ def _paths(given: Any) -> list[Path]:
     many = given if isinstance(given, (list, tuple)) else [given]
     if not many or not all(isinstance(one, (str, os.PathLike)) for one in many):
         raise ArgumentError(message("path", "a path or a list of paths", given))
-    return [Path(one) for one in many]
+    return [as_path("path", one) for one in many]
 
 
 def _format(first: Fields, where: str) -> str:
@@ -96,8 +101,8 @@ def _own(records: Iterator[Fields]) -> Found:
     head.tally.name = head.maybe("name") or ""
     head.take(*head.data)
     try:
-        rewrites = [Rewrite(**one) for one in head.data.get("rewrites", ())]
-        probes = [Probe(**record.whole()) for record in records]
+        rewrites = [Rewrite(**one.whole()) for one in head.parts("rewrites", needed=False)]
+        probes = [Probe(**record.whole()) for record in islice(records, MOST + 1)]
         hash(tuple(probes))
     except (TypeError, ValueError, AttributeError, PromptError) as error:
         raise LoadError(f"{head.at} begins a damaged file of probes: {error}.") from error

@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from resid_surgery._check import message
+from resid_surgery._check import path as as_path
 from resid_surgery.editing.adapters import adapter_parts
 from resid_surgery.editing.changes import Change, Dense, LowRank, Rows
 from resid_surgery.editing.differing import change_between, numerical_rank
 from resid_surgery.errors import ArgumentError, LoadError
 from resid_surgery.models.checkpoints import read_checkpoint
+from resid_surgery.models.kept import open_tensors, read_tensors
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.replacing import tensors_of, ties_of
 from resid_surgery.models.tracing import unwrap
+from resid_surgery.stream.recording import need_model
 
 Read = Mapping[str, Callable[[], Tensor]]
 UNTOLD = ("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "tie_word_embeddings",
@@ -48,6 +51,7 @@ def between(before: OpenedModel, after: Any) -> tuple[Change, ...]:
         ArgumentError: no weight differs, or the two are not of one architecture: names of tensors, shapes or settings
             of the config differ. LoadError: the checkpoint cannot be read.
     """
+    need_model(before)
     held, (theirs, config) = tensors_of(before.module), _tensors_after(before, after)
     _same_config(before, config)
     for what, names in (
@@ -110,6 +114,7 @@ def adapter_factors(base: OpenedModel, adapter: Any) -> tuple[Change, ...]:
     Raises:
         LoadError: it cannot be read. ArgumentError: it does more than add to weights of this base, or adds nothing.
     """
+    need_model(base)
     held, found = tensors_of(base.module), list[Change]()
     parts = adapter_parts(base, adapter)
     for name, left, right in parts.factors:
@@ -141,7 +146,7 @@ def _tensors_after(before: OpenedModel, after: Any) -> tuple[Read, Any]:
     """(path -> how to read the tensor, config) of what a caller gave."""
     module = after.module if isinstance(after, OpenedModel) else unwrap(after)[0]
     if isinstance(module, (str, os.PathLike)) and str(module).strip():
-        folder = Path(module).expanduser()
+        folder = as_path("after", module, "the folder or name of a checkpoint", home=True)
         if (streamed := _streamed(before, folder)) is not None:
             return streamed
         module = read_checkpoint(os.fspath(module), None, False)[0]
@@ -165,7 +170,9 @@ def _streamed(before: OpenedModel, folder: Path) -> tuple[Read, Any] | None:
     places: dict[str, Path] = {}
     try:
         for file in files:
-            with safe_open(file, framework="pt") as opened:
+            with open_tensors(file) as opened:
+                if places.keys() & opened.keys():
+                    return None  # two files that hold one tensor: which counts is not ours to guess
                 places |= dict.fromkeys(opened.keys(), file)
         ties = {
             name: next((one for one in paths if one in places), "") for name, paths in ties_of(before.module).items()
@@ -180,7 +187,7 @@ def _streamed(before: OpenedModel, folder: Path) -> tuple[Read, Any] | None:
 
 def _in_file(file: Path, name: str) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        with safe_open(file, framework="pt") as opened:
+        with open_tensors(file) as opened:
             tensor: Tensor = opened.get_tensor(name)
         return tensor
 
@@ -228,9 +235,7 @@ def _read_file(path: Any) -> dict[str, Tensor]:
     if not isinstance(path, (str, os.PathLike)):
         raise ArgumentError(message("path", "the path of a .safetensors file", path))
     try:
-        with safe_open(path, framework="pt") as file:
-            said = file.metadata() or {}
-            given = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+        said, given = read_tensors(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise LoadError(f"{path} cannot be read as differences of tensors: {error}.") from error
     if said.get("what") == "resid_surgery edit":

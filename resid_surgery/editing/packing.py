@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from resid_surgery._check import message
+from resid_surgery._files import parse_json
 from resid_surgery.errors import ArgumentError, LoadError
 
 _NAMED = {"Infinity": inf, "-Infinity": -inf}
@@ -71,6 +72,8 @@ def unpack(data: Mapping[str, Any]) -> pd.DataFrame:
         LoadError: a row is too short, or a column of an unknown kind.
     """
     names = [one["name"] for one in data["columns"]]
+    if not all(isinstance(one, str) for one in names) or len(set(names)) < len(names):
+        raise LoadError("a table of the report must have columns of different names; it does not.")
     if any(len(row) != len(names) for row in data["rows"]):
         raise LoadError(f"a table of the report has a row with other than its {len(names)} columns.")
     found = {}
@@ -109,8 +112,8 @@ def read_json(text: str) -> Any:
         LoadError: it is none, or holds NaN.
     """
     try:
-        return json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise LoadError(f"the report is no JSON text: {error}.") from None
 
 
@@ -144,13 +147,9 @@ def _unpacked(cells: list[Any], dtype: str, name: str) -> "pd.Series[Any]":
     filled = [_NAMED.get(one, one) if numbers and isinstance(one, str) else one for one in cells]
     try:
         return pd.Series(filled, dtype=dtype)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise LoadError(f"column {name!r} of the report is not {dtype}: {error}.") from None
 
 
 def _infinite(value: float) -> str:
     return "Infinity" if value > 0 else "-Infinity"
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

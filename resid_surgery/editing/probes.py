@@ -13,9 +13,11 @@ from typing import Any, final
 import pandas as pd
 import xxhash
 
-from resid_surgery._check import choice, message
-from resid_surgery._files import write_whole
-from resid_surgery.errors import PromptError
+from resid_surgery._check import choice, iterable, message, text
+from resid_surgery._check import path as as_path
+from resid_surgery._files import utf8, write_whole
+from resid_surgery.editing.rewrites import Rewrite
+from resid_surgery.errors import LoadError, PromptError
 
 SCHEMA = 1
 AXES = ("efficacy", "paraphrase", "locality", "ripple", "text", "choice", "generation")
@@ -65,21 +67,20 @@ class Probe:
         choice("axis", self.axis, AXES, error=PromptError)
         choice("stratum", self.stratum, STRATA, error=PromptError)
         for name in ("text", "fact", "criterion"):
-            if not isinstance(getattr(self, name), str):
-                raise PromptError(message(name, "a text", getattr(self, name)))
+            text(name, getattr(self, name), error=PromptError)
         if not self.text.strip():
             raise PromptError(message("text", "a non-empty text", self.text))
         for name in ("target", "old"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 raise PromptError(message(name, "a non-empty text or None", value))
+        for name in ("wrong", "others"):
+            object.__setattr__(self, name, _texts(name, getattr(self, name)))
+        object.__setattr__(self, "conditions", _pairs(self.conditions))
         if self.axis in ("choice", "ripple") and self.target is None:
             raise PromptError(message("target", f"given for a {self.axis} probe", None))
         if self.axis == "choice" and not self.wrong:
             raise PromptError(message("wrong", "at least one wrong answer for a choice probe", self.wrong))
-        object.__setattr__(self, "wrong", tuple(self.wrong))
-        object.__setattr__(self, "others", tuple(self.others))
-        object.__setattr__(self, "conditions", tuple((str(a), str(b)) for a, b in self.conditions))
 
 
 @final
@@ -94,8 +95,17 @@ class ProbeSet:
 
     probes: tuple[Probe, ...]
     name: str = ""
-    rewrites: tuple[Any, ...] = ()
+    rewrites: tuple[Rewrite, ...] = ()
     ignored: tuple[str, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "probes", _probes(self.probes))
+        text("name", self.name, error=PromptError)
+        rewrites = tuple(self.rewrites) if iterable(self.rewrites) else (None,)
+        if not all(isinstance(one, Rewrite) for one in rewrites):
+            raise PromptError(message("rewrites", "a sequence of rs.Rewrite", self.rewrites))
+        object.__setattr__(self, "rewrites", rewrites)
+        object.__setattr__(self, "ignored", _texts("ignored", self.ignored))
 
     def __len__(self) -> int:
         return len(self.probes)
@@ -114,6 +124,8 @@ class ProbeSet:
         """Those of some axes, or of one fact."""
         for axis in axes:
             choice("axes", axis, AXES)
+        if fact is not None:
+            text("fact", fact)
         kept = tuple(p for p in self.probes if (not axes or p.axis in axes) and fact in (None, p.fact))
         return ProbeSet(kept, self.name, self.rewrites)
 
@@ -126,7 +138,7 @@ class ProbeSet:
     def hash(self) -> str:
         """Of the probes' contents and order; names of sets do not count."""
         text = json.dumps([asdict(p) for p in self.probes], ensure_ascii=False, sort_keys=True)
-        return xxhash.xxh3_128_hexdigest(text.encode())
+        return xxhash.xxh3_128_hexdigest(utf8(text))
 
     def __repr__(self) -> str:
         counts = {axis: sum(p.axis == axis for p in self.probes) for axis in AXES}
@@ -140,17 +152,45 @@ def probe_set(probes: Iterable[Probe], name: str = "") -> ProbeSet:
     Raises:
         PromptError: something in it is no probe.
     """
-    found = tuple(probes)
+    return ProbeSet(_probes(probes), name)
+
+
+def _probes(given: Any) -> tuple[Probe, ...]:
+    found = tuple(given) if iterable(given) else (given,)
     for one in found:
         if not isinstance(one, Probe):
             raise PromptError(message("probes", "a sequence of rs.Probe", one, do="Files are read by rs.read_probes."))
-    return ProbeSet(found, name)
+    return found
+
+
+def _texts(name: str, given: Any) -> tuple[str, ...]:
+    """A sequence of texts, as a tuple."""
+    found = tuple(given) if iterable(given) else (None,)
+    if not all(isinstance(one, str) for one in found):
+        raise PromptError(message(name, "a sequence of texts", given))
+    return found
+
+
+def _pairs(given: Any) -> tuple[tuple[str, str], ...]:
+    """(prompt, answer) pairs, as tuples."""
+    found = tuple(given) if iterable(given) else (None,)
+    if not all(iterable(one) and len(_texts("conditions", one)) == 2 for one in found):
+        raise PromptError(message("conditions", "a sequence of (prompt, answer) pairs", given))
+    return tuple((prompt, answer) for prompt, answer in found)
 
 
 def save_probes(path: Any, probes: ProbeSet | Iterable[Probe]) -> Path:
-    """Write probes as JSON lines, whole or not at all: the first line names the set, each other one is a probe."""
+    """Write probes as JSON lines, whole or not at all: the first line names the set, each other one is a probe.
+
+    Raises:
+        ArgumentError: no path of a file. PromptError: no probes. LoadError: it cannot be written.
+    """
+    place = as_path("path", path)
     probes = probes if isinstance(probes, ProbeSet) else probe_set(probes)
     head = {"schema": SCHEMA, "what": "resid_surgery probes", "name": probes.name, "hash": probes.hash,
             "rewrites": [r.said() for r in probes.rewrites]}  # fmt: skip
     lines = [json.dumps(one, ensure_ascii=False) for one in (head, *(asdict(p) for p in probes))]
-    return write_whole(Path(path), ("\n".join(lines) + "\n").encode())
+    try:
+        return write_whole(place, utf8("\n".join(lines) + "\n"))
+    except OSError as error:
+        raise LoadError(f"the probes cannot be written to {place}: {error.strerror}.") from error

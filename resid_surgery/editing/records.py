@@ -1,17 +1,20 @@
 """Records: JSON and JSON-lines files read with limits, and the fields of a record with errors that name it."""
 
 import json
+from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NoReturn, final
 
 from resid_surgery._check import message
+from resid_surgery._files import open_text, parse_json
 from resid_surgery.errors import LoadError, PromptError
 
 LARGEST_BYTES = 1 << 30
+LARGEST_VALUE = 1 << 28
 _IDS = ("case_id", "id", "uuid", "example_id")
 
 
@@ -176,7 +179,7 @@ def read_records(path: Path, tally: Tally) -> Iterator[Fields]:
         if not isinstance(value, dict):
             raise LoadError(f"record {number} of {path} must be a JSON object; got {type(value).__name__}.")
         named = [name for name in _IDS if isinstance(value.get(name), (str, int))][:1]
-        known = "".join(f" ({name} {value[name]})" for name in named)
+        known = "".join(f" ({name} {str(value[name])[:40]})" for name in named)
         fields = Fields(value, f"record {number}{known} of {path}", tally)
         fields.take(*named)
         yield fields
@@ -186,14 +189,16 @@ def _values(path: Path) -> Iterator[Any]:
     try:
         if path.stat().st_size > LARGEST_BYTES:
             raise LoadError(f"{path} must be at most 1 GiB; got {path.stat().st_size} bytes. Split it into parts.")
-        with path.open("rb") as file:
+        with open_text(path, LARGEST_BYTES) as file:
             lines = (line for line in file if line.strip())
             head = list(islice(lines, 2))
             if len(head) == 2 and _is_record(head[0]):
                 yield from (_parsed(line, f"line {i + 1} of {path}") for i, line in enumerate(chain(head, lines)))
                 return
+            if (size := path.stat().st_size) > LARGEST_VALUE:
+                raise LoadError(f"{path} must be JSON lines, as it has more than 256 MiB ({size} bytes).")
             value = _parsed(b"".join(chain(head, lines)), str(path))
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         if isinstance(error, LoadError):
             raise
         raise LoadError(f"{path} cannot be read: {error}.") from error
@@ -202,7 +207,7 @@ def _values(path: Path) -> Iterator[Any]:
 
 def _is_record(line: bytes) -> bool:
     """Whether one line is a whole object, as every line of JSON lines is."""
-    text = line.strip()
+    text = line.strip().removeprefix(BOM_UTF8)
     return text.startswith(b"{") and text.endswith(b"}")
 
 
@@ -210,23 +215,9 @@ def _parsed(content: bytes, where: str) -> Any:
     if not content.strip():
         raise LoadError(f"{where} is empty.")
     try:
-        text = content.decode("utf-8-sig")
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
-        if "\\ud" in text.lower():  # half a surrogate pair is no text
+        value = parse_json(content)
+        if b"\\ud" in content.lower():  # half a surrogate pair is no text
             json.dumps(value, ensure_ascii=False).encode()
-    except RecursionError as error:
-        raise LoadError(f"{where} is nested too deeply.") from error
-    except (ValueError, MemoryError) as error:
+    except ValueError as error:
         raise LoadError(f"{where} is no complete JSON: {error}.") from error
     return value
-
-
-def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-    if twice:
-        raise ValueError(f"the key {twice[0]!r} stands twice in one object")
-    return dict(pairs)
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")

@@ -12,8 +12,9 @@ from typing import Any, final
 
 import pandas as pd
 
-from resid_surgery._check import choice, message
-from resid_surgery._files import utf8, write_whole
+from resid_surgery._check import choice, flag, message
+from resid_surgery._check import path as as_path
+from resid_surgery._files import open_text, utf8, write_whole
 from resid_surgery._html import cell_text, table_html
 from resid_surgery.editing import packing
 from resid_surgery.editing.gating import COLUMNS, STATES, verdict, worst
@@ -21,6 +22,7 @@ from resid_surgery.editing.junit import junit_xml
 from resid_surgery.errors import ArgumentError, LoadError
 
 SCHEMA_VERSION = 1
+LARGEST_BYTES = 1 << 28
 WHAT = "resid_surgery validation"
 EXIT_CODES = MappingProxyType({"PASS": 0, "FAIL": 1, "INCONCLUSIVE": 3})
 HEADINGS = MappingProxyType({
@@ -173,7 +175,7 @@ class Validation:
             tables = {name: packing.unpack(one) for name, one in data["tables"].items()}
             manifest = packing.unpack_data(data["manifest"])
             return cls(data["verdict"], packing.unpack(data["gates"]), tables, manifest)
-        except (KeyError, TypeError, AttributeError, ArgumentError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise LoadError(f"the report is damaged: {error}.") from None
 
     def markdown(self) -> str:
@@ -200,7 +202,8 @@ class Validation:
         Raises:
             ArgumentError: another suffix. LoadError: it cannot be written.
         """
-        place, forms = Path(path), {".json": self.to_json, ".md": self.markdown, ".xml": self.junit}
+        place = as_path("path", path, "the path of a file or folder")
+        forms = {".json": self.to_json, ".md": self.markdown, ".xml": self.junit}
         names = {".json": "report.json", ".md": "report.md", ".xml": "junit.xml"}
         if place.suffix and not place.is_dir():
             choice("path", place.suffix, (*forms, "a folder"))
@@ -256,7 +259,7 @@ def diff_reports(a: Validation, b: Validation, *, across_models: bool = False) -
         ArgumentError: protocols, limits, probes, budget or base model differ; the difference is named.
     """
     first, second = (one if isinstance(one, Validation) else Validation.from_json(one) for one in (a, b))
-    _need_comparable(first, second, across_models)
+    _need_comparable(first, second, flag("across_models", across_models))
     left, right = ({row["gate"]: row for row in one.gates.to_dict("records")} for one in (first, second))
     rows = [_compared(name, left, right) for name in {**left, **right}]
     rows.append(_moving(first.verdict, second.verdict) | {"gate": "verdict", "unit": "", "direction": ""})
@@ -317,8 +320,9 @@ def _text(source: Any) -> str:
     if not isinstance(source, (str, Path)):
         raise ArgumentError(message("source", "a path or a JSON text", source))
     try:
-        return Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        with open_text(Path(source), LARGEST_BYTES) as file:
+            return file.read().decode("utf-8-sig")
+    except (OSError, ValueError) as error:
         raise LoadError(f"the report {str(source)[:200]!r} cannot be read: {error}.") from None
 
 

@@ -1,18 +1,16 @@
 """Cases: the prompts of a run as plain data, each with labels for its rows and donors for patching."""
 
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import NoneType
 from typing import Any, final
 
 import xxhash
 
 from resid_surgery import _check
-from resid_surgery._files import utf8
-from resid_surgery.errors import ArgumentError, PromptError, ResidSurgeryError
+from resid_surgery._files import parse_json, text_lines, utf8
+from resid_surgery.errors import ArgumentError, LoadError, PromptError, ResidSurgeryError
 from resid_surgery.models.prompts import Prompt
 
 PROMPT_FIELDS = ("text", "ids", "target", "versus", "position")
@@ -58,7 +56,7 @@ def as_cases(given: Any) -> list[Case]:
     Raises:
         PromptError: one cannot be read; its number is named. ArgumentError: it is no list, or an empty one.
     """
-    if isinstance(given, (str, bytes, Prompt, Case, Mapping)) or not isinstance(given, Iterable):
+    if isinstance(given, (str, bytes, Prompt, Case, Mapping)) or not _check.iterable(given):
         raise ArgumentError(
             _check.message("prompts", "a sequence of prompts", given, do="Wrap a single one in a list.")
         )
@@ -80,27 +78,28 @@ def read_cases(path: Any) -> list[Case]:
         One `Case` a line.
 
     Raises:
-        PromptError: a line cannot be read; it is named. ArgumentError: no path. OSError: the file cannot be read.
+        PromptError: a line is no prompt; it is named. ArgumentError: no path. LoadError: the file cannot be read.
     """
-    if not isinstance(path, (str, os.PathLike)):
-        raise ArgumentError(_check.message("path", "the path of a file of JSON lines", path))
-    file = Path(path)
-    if file.stat().st_size > LARGEST_BYTES:
-        raise PromptError(f"{file} is too large for a file of prompts.")
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # other line ends may stand inside JSON strings
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{file} must be a text of JSON lines in UTF-8; {error.reason}.") from None
+    file = _check.path("path", path, "the path of a file of JSON lines")
     cases = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                cases.append(as_case(json.loads(line)))
-            except (ResidSurgeryError, ValueError, RecursionError) as error:
-                raise PromptError(f'line {number} of {file} must be {{"text": ..., "target": ...}}: {error}') from None
+    try:
+        for number, line in enumerate(text_lines(file, LARGEST_BYTES), 1):
+            if line.strip():
+                cases.append(_from_line(line, f"line {number} of {file}"))
+    except (OSError, UnicodeError) as error:
+        raise LoadError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     if not cases:
         raise PromptError(f"{file} has no prompt in it: one JSON object a line is wanted.")
     return cases
+
+
+def _from_line(line: bytes, where: str) -> Case:
+    try:
+        return as_case(parse_json(line))
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{where} must be JSON in UTF-8; {error.reason}.") from None
+    except (ResidSurgeryError, ValueError) as error:
+        raise PromptError(f'{where} must be {{"text": ..., "target": ...}}: {error}') from None
 
 
 def lines_of(cases: Sequence[Case]) -> bytes:

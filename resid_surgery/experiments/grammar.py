@@ -68,7 +68,7 @@ def axes_from(given: Any) -> dict[str, tuple[Any, ...]]:
     for name, values in given.items():
         if not isinstance(name, str) or not name.isidentifier() or not free(name):
             raise ArgumentError(_check.message("axes", "named by plain words that no column has", name))
-        if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        if isinstance(values, (str, bytes, Mapping)) or not _check.iterable(values):
             raise ArgumentError(_check.message(f"axis {name}", "a list of values", values))
         held = tuple(scalar(value) for value in values)
         odd = [value for value in held if not (value is None or isinstance(value, (str, int, float, bool)))
@@ -94,7 +94,8 @@ def sets_from(given: Any, axes: Names) -> dict[str, dict[str, Any]]:
             raise ArgumentError(_check.message(f"set {name}", "a mapping of arguments", one))
         allowed = RANDOM if "like" in one else FIXED if "sites" in one else LOCATE
         _fields(f"set {name}", one, allowed)
-        if "like" in one and (one["like"] not in out or "sites" in out[one["like"]] or "like" in out[one["like"]]):
+        located = [other for other, how in out.items() if not {"sites", "like"} & how.keys()]
+        if "like" in one and one["like"] not in located:
             raise ArgumentError(_check.message(f"set {name}", "like a located set that stands before it", one["like"]))
         _known(f"set {name}", [value for key, value in one.items() if key != "like"], axes)
         out[name] = {key: _plain(value) for key, value in one.items()}
@@ -106,13 +107,13 @@ def arms_from(given: Any, axes: Mapping[str, tuple[Any, ...]], sets: Names) -> d
     arms = given
     if not isinstance(given, Mapping) or "kind" in given:
         one = [given] if isinstance(given, (Intervention, Mapping)) else given
-        arms = {"main": one} if one else {}
+        arms = {} if one is None or (isinstance(one, (list, tuple)) and not one) else {"main": one}
     out: dict[str, list[dict[str, Any]]] = {}
     for name, operations in arms.items():
         if not isinstance(name, str) or not name:
             raise ArgumentError(_check.message("intervene", "a mapping from names to operations", name))
         some = [operations] if isinstance(operations, (Intervention, Mapping)) else operations
-        if isinstance(some, (str, bytes)) or not isinstance(some, Iterable):
+        if not _check.iterable(some):
             raise ArgumentError(_check.message(f"arm {name}", "a list of operations", operations))
         out[name] = [_operation(f"arm {name}", one, axes, sets) for one in some]
         if not out[name] or sum(bool(one.get("each")) or one.get("positions") == "each" for one in out[name]) > 1:

@@ -66,7 +66,7 @@ class OnRay:
         for name, value in (("num_cpus", self.num_cpus), ("num_gpus", self.num_gpus)):
             if _check.finite(name, value) < 0 or (value > 1 and value != int(value)):
                 raise ArgumentError(_check.message(name, "a whole number, or a share in 0..1", value))
-        if self.address not in (None, "auto", "local") and not _host_and_port(self.address):
+        if self.address is not None and not _is_address(self.address):
             must = "None, 'auto', 'local', 'host:port' or 'ray://host:port'"
             raise ArgumentError(_check.message("address", must, self.address))
         if self.device is not None and (not isinstance(self.device, str) or not self.device.strip()):
@@ -132,6 +132,10 @@ def brief(error: BaseException) -> str:
     """What an error says, in one line."""
     text = " ".join(str(error).split())
     return text if len(text) <= 400 else text[:200] + " ... " + text[-195:]
+
+
+def _is_address(given: Any) -> bool:
+    return isinstance(given, str) and (given in ("auto", "local") or _host_and_port(given) is not None)
 
 
 def _host_and_port(address: Any) -> tuple[str, int] | None:

@@ -12,7 +12,7 @@ prompt's own); ``"$$name"`` is the text ``$name``. A plan equals another if it m
 """
 
 import json
-import os
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +21,14 @@ from typing import Any, final
 import xxhash
 
 from resid_surgery import _check
-from resid_surgery._files import utf8, write_whole
+from resid_surgery._files import read_json, utf8, write_whole
 from resid_surgery.errors import ArgumentError, LoadError, ResidSurgeryError
 from resid_surgery.experiments.grammar import DONORS, arms_from, axes_from, references, sets_from
 
 SCHEMA = 1
 WHAT = "resid_surgery plan"
+LARGEST_BYTES = 1 << 26
+MOST_CELLS = 1_000_000
 MEASURES = ("bs", "log_prob", "all", "effect")
 ORDERED = ("axes", "locate", "intervene")
 
@@ -71,15 +73,18 @@ class Plan:
 
     def __post_init__(self) -> None:
         _check.choice("measure", self.measure, MEASURES)
-        _check.whole("seed", self.seed, 0, 2**63 - 1)
-        if not isinstance(self.known, bool):
-            raise ArgumentError(_check.message("known", "True or False", self.known))
+        object.__setattr__(self, "seed", _check.seed(self.seed))
+        _check.flag("known", self.known)
         put = object.__setattr__
-        put(self, "axes", axes_from(self.axes or {}))
-        put(self, "locate", sets_from(self.locate or {}, self.axes))
+        put(self, "axes", axes_from({} if self.axes is None else self.axes))
+        put(self, "locate", sets_from({} if self.locate is None else self.locate, self.axes))
         put(self, "intervene", arms_from(self.intervene, self.axes, self.locate))
         if not self.intervene and not self.locate:
             raise ArgumentError("`Plan` must locate or intervene; it does neither.")
+        for name, one in (*self.locate.items(), *self.intervene.items()):
+            if (cells := self._combined(one)) > MOST_CELLS:
+                must = f"of at most {MOST_CELLS:,} combinations of axes a set or an arm"
+                raise ArgumentError(_check.message("plan", must, f"{cells:,} of {name}"))
         unused = [name for name in self.axes if name not in self._used()]
         if unused:
             raise ArgumentError(f"axis {unused[0]!r} must be used by a set or an arm, as '${unused[0]}'; it is not.")
@@ -100,7 +105,7 @@ class Plan:
     @property
     def cells(self) -> dict[str, int]:
         """Arm -> how many combinations of its axes there are."""
-        return {name: sum(1 for _ in self.combinations(self.axes_of(arm))) for name, arm in self.intervene.items()}
+        return {name: self._combined(arm) for name, arm in self.intervene.items()}
 
     def entry(self) -> dict[str, Any]:
         """The plan as plain data."""
@@ -168,6 +173,9 @@ class Plan:
         )  # fmt: skip
         return tuple(found)
 
+    def _combined(self, given: Any) -> int:
+        return math.prod(len(self.axes[name]) for name in self.axes_of(given))
+
     def _used(self) -> set[str]:
         parts = [*self.locate.values(), *self.intervene.values()]
         return {name for one in parts for name in references(one)}
@@ -187,10 +195,10 @@ def read_plan(path: Any) -> tuple[Plan, dict[str, Any]]:
     """
     file = json_path(path)
     try:
-        body = json.loads(file.read_text(encoding="utf-8"))
+        body = read_json(file, LARGEST_BYTES)
     except OSError as error:
         raise LoadError(f"{file} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise LoadError(f"{file} is no JSON: {error}.") from error
     if not isinstance(body, dict):
         raise LoadError(f"{file} is no plan: a JSON object is wanted.")
@@ -215,9 +223,7 @@ def differences(before: Any, now: Any, at: str = "") -> list[str]:
 
 def json_path(path: Any) -> Path:
     """The path of a JSON file."""
-    if not isinstance(path, (str, os.PathLike)) or not str(path).endswith(".json"):
-        raise ArgumentError(_check.message("path", "the path of a .json file", path))
-    return Path(path)
+    return _check.path("path", path, "the path of a .json file", suffix=".json")
 
 
 def _brief(value: Any) -> str:

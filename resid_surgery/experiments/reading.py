@@ -15,9 +15,7 @@ from resid_surgery._html import face_html
 from resid_surgery.errors import ArgumentError
 from resid_surgery.evidence.statistics import bootstrap
 from resid_surgery.experiments.folder import Folder
-from resid_surgery.experiments.tables import LEDGER, TABLES, frame
-
-TYPES = {"string": pa.string(), "int64": pa.int64(), "double": pa.float64(), "bool": pa.bool_()}
+from resid_surgery.experiments.tables import LEDGER, TABLES, frame, reading
 
 
 @final
@@ -77,12 +75,9 @@ class Run:
         """A table as a Parquet dataset (pyarrow), for what does not fit into memory; nothing of it is read yet.
 
         Raises:
-            ArgumentError: the run has no such table.
+            ArgumentError: the run has no such table. LoadError: a shard is damaged, missing, or another run's.
         """
-        columns = self.manifest["tables"]
-        _check.choice("table", table, tuple(columns))
-        schema = pa.schema([(name, TYPES[kind]) for name, kind in columns[table].items()])
-        return Folder(self.out).dataset(table, schema)
+        return Folder(self.out).dataset(table)
 
     def read(
         self, table: str = "rows", *, columns: Sequence[str] | None = None, where: Mapping[str, Any] | None = None
@@ -95,10 +90,13 @@ class Run:
         wheres = _filter(where, found.schema)
         if table in (LEDGER, "failures"):  # what was said before a retry is dropped before anything is chosen
             needed = list(dict.fromkeys([*needed, *(where or ())]))
-            arrow = self._last_word(found.to_table(columns=needed), table)
+            with reading(self.out):
+                arrow = found.to_table(columns=needed)
+            arrow = self._last_word(arrow, table)
             arrow = arrow if wheres is None else arrow.filter(wheres)
         else:
-            arrow = found.to_table(columns=needed, filter=wheres)
+            with reading(self.out):
+                arrow = found.to_table(columns=needed, filter=wheres)
         keys = [(name, "ascending") for name in order if name in ("prompt", "row")]
         at = (
             pc.sort_indices(arrow, sort_keys=keys)
@@ -120,7 +118,8 @@ class Run:
         if not isinstance(by, (str, list, tuple)):
             raise ArgumentError(_check.message("by", "a column, or a list of columns", by))
         groups = [by] if isinstance(by, str) else list(by)
-        extra = [name for name in (options.get("against") or {}) if name not in groups]
+        against = options.get("against")
+        extra = [name for name in against if name not in groups] if isinstance(against, Mapping) else []
         unit = options.get("unit", "prompt")
         found = self.read(table, columns=[*groups, *extra, value, unit])
         if found[value].isna().all():
@@ -180,7 +179,7 @@ def _columns(given: Any, there: Sequence[str], table: str) -> list[str]:
         return list(there)
     if isinstance(given, str) or not isinstance(given, Sequence) or not given:
         raise ArgumentError(_check.message("columns", "None, or a list of columns", given))
-    return [_check.choice(f"columns of {table}", name, there) for name in dict.fromkeys(given)]
+    return list(dict.fromkeys(_check.choice(f"columns of {table}", name, there) for name in given))
 
 
 def _filter(where: Any, schema: pa.Schema) -> Any:

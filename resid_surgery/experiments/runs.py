@@ -95,6 +95,7 @@ def run(
         >>> table.groupby("prompt").size().tolist()
         [4, 4]
     """
+    _check.progress(progress)
     folder, wanted, cases = Folder.of(out), Plan.of(plan), as_cases(prompts)
     _check_options(resume, retry, save_every)
     allowed = allowed_failures(max_failures, len(cases))
@@ -205,8 +206,7 @@ def _executor(engine: OnRay | None, worker: Worker) -> Executor:
 
 def _check_options(resume: Any, retry: Any, save_every: Any) -> None:
     for name, value in (("resume", resume), ("retry", retry)):
-        if not isinstance(value, bool):
-            raise ArgumentError(_check.message(name, "True or False", value))
+        _check.flag(name, value)
     if _check.finite("save_every", save_every) < 0:
         raise ArgumentError(_check.message("save_every", "a number of seconds >= 0", save_every))
 

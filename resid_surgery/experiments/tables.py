@@ -9,14 +9,20 @@
 | failures | a prompt that failed | |
 """
 
-from collections.abc import Mapping, Sequence
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
 
-from resid_surgery._files import utf8
-from resid_surgery.errors import ArgumentError
+from resid_surgery._files import open_regular, parse_json, utf8
+from resid_surgery.errors import ArgumentError, LoadError
 from resid_surgery.experiments.cases import Case
 from resid_surgery.experiments.columns import (
     ABOUT,
@@ -34,6 +40,10 @@ from resid_surgery.experiments.plans import Plan
 
 LEDGER = "prompts"
 TABLES = ("prompts", "rows", "located", "effects", "failures")
+MARK = b"resid_surgery"
+LARGEST_FOOTER = 1 << 28
+AGAIN = "Remove the shard's files from every table's folder, and resume the run."
+TYPES = {"string": pa.string(), "int64": pa.int64(), "double": pa.float64(), "bool": pa.bool_()}
 
 
 def schemas(plan: Plan, cases: Sequence[Case], versus: int) -> dict[str, pa.Schema]:
@@ -57,6 +67,65 @@ def schemas(plan: Plan, cases: Sequence[Case], versus: int) -> dict[str, pa.Sche
     if plan.intervene and plan.measure == "effect":
         found["effects"] = about | {"row": WHOLE, "arm": TEXT} | axes | EFFECTS
     return {name: pa.schema(list(found[name].items())) for name in TABLES if name in found}
+
+
+def schema_of(manifest: Mapping[str, Any], table: str) -> pa.Schema:
+    """The columns of a table, as the manifest names them."""
+    return pa.schema([(name, TYPES[kind]) for name, kind in manifest["tables"][table].items()])
+
+
+@contextmanager
+def reading(what: Any) -> Iterator[None]:
+    """Errors of reading Parquet as a `LoadError` that names the file or folder."""
+    try:
+        yield
+    except LoadError:
+        raise
+    except (OSError, ValueError, LookupError, OverflowError, pa.ArrowException) as error:
+        raise LoadError(f"{what} is damaged or cannot be read: {' '.join(str(error).split())[:300]}.") from error
+
+
+def mark_of(file: Path, shard: str, run: str, schema: pa.Schema) -> dict[str, str]:
+    """Table -> hash of its footer, as the file tells that finished a shard, if that is of this run and whole.
+
+    Raises:
+        LoadError: it is damaged, missing or another one.
+    """
+    with reading(file):
+        open_regular(file).close()
+        held = pq.read_metadata(file)
+        columns = held.schema.to_arrow_schema()
+    try:
+        said = parse_json((held.metadata or {}).get(MARK, b""))
+    except ValueError:
+        said = None
+    if not isinstance(said, dict) or (said.get("run"), said.get("shard")) != (run, shard):
+        raise LoadError(f"{file} is not shard {shard} of this run. {AGAIN}")
+    if columns != schema or held.num_rows != said.get("rows") or not isinstance(said.get("footers"), dict):
+        raise LoadError(f"{file} is damaged: it has other columns or rows than it was written with. {AGAIN}")
+    return dict(said["footers"])
+
+
+def footer_hash(file: Path) -> str:
+    """Hash of a Parquet file's footer: what it holds, where, and the statistics that filters go by. The pages
+    themselves have checksums.
+
+    Raises:
+        OSError: it cannot be read, or is no Parquet file.
+    """
+    with open_regular(file) as held:
+        size = held.seek(0, os.SEEK_END)
+        held.seek(max(0, size - 8))
+        length = int.from_bytes(held.read(4), "little") + 8
+        if length > min(size, LARGEST_FOOTER):
+            raise OSError("its footer does not fit into it")
+        held.seek(size - length)
+        return xxhash.xxh3_128_hexdigest(held.read())
+
+
+def marked(table: pa.Table, mark: Mapping[str, Any]) -> pa.Table:
+    """A table with a mark, as `mark_of` reads it."""
+    return table.replace_schema_metadata({MARK: json.dumps(mark).encode()})
 
 
 def label_types(cases: Sequence[Case]) -> dict[str, pa.DataType]:

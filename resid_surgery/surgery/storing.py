@@ -4,7 +4,6 @@ What comes from donors is resolved into values first, so that a file made on one
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
 from resid_surgery._check import message
-from resid_surgery._files import write_whole
+from resid_surgery._check import path as as_path
+from resid_surgery._files import file_hash, open_regular, plain_name, read_json, utf8, write_whole
 from resid_surgery.addresses import parse_site
 from resid_surgery.errors import ArgumentError, LoadError, ResidSurgeryError
 from resid_surgery.stream.recording import Recording, be_recording
@@ -38,7 +38,10 @@ from resid_surgery.surgery.reading import fetch
 from resid_surgery.surgery.resolving import Resolver, Scene
 
 SCHEMA = 1
-LARGEST_BYTES = 1 << 30
+WHAT = "resid_surgery interventions"
+BODY = {"schema", "what", "interventions", "tensors"}
+LARGEST_BYTES = 1 << 26
+LARGEST_VECTORS = 1 << 30
 _FIELDS: dict[type[Intervention], tuple[str, ...]] = {
     Zero: (),
     Scale: ("factor",),
@@ -69,14 +72,14 @@ def save_interventions(path: Any, interventions: Any, *, rec: Recording | None =
     settled = settle_values(given, rec)
     tensors: dict[str, Tensor] = {}
     entries = [to_entry(i, one, tensors) for i, one in enumerate(settled)]
-    body: dict[str, Any] = {"schema": SCHEMA, "what": "resid_surgery interventions", "interventions": entries}
+    body: dict[str, Any] = {"schema": SCHEMA, "what": WHAT, "interventions": entries}
     beside = target.with_suffix(".safetensors")
     try:
         if tensors:
             packed = tensor_bytes(tensors)
             body["tensors"] = {"file": beside.name, "xxh3_128": xxhash.xxh3_128_hexdigest(packed)}
             write_whole(beside, packed)
-        write_whole(target, json.dumps(body, ensure_ascii=False, indent=1).encode())
+        write_whole(target, utf8(json.dumps(body, ensure_ascii=False, indent=1)))
     except OSError as error:
         raise LoadError(f"interventions could not be written to {target}: {error}.") from error
     return target
@@ -96,10 +99,12 @@ def load_interventions(path: Any) -> list[Intervention]:
     """
     target = _path(path)
     body = _json(target)
-    if not isinstance(body, dict) or body.get("what") != "resid_surgery interventions":
+    if not isinstance(body, dict) or body.get("what") != WHAT:
         raise LoadError(f"{target} is no file of interventions; write one with rs.save_interventions.")
     if body.get("schema") != SCHEMA:
         raise LoadError(f"{target} has schema {body.get('schema')!r}, but this version reads {SCHEMA}.")
+    if odd := sorted(set(body) - BODY):
+        raise LoadError(f"{target} has a field {odd[0]!r}, which files of schema {SCHEMA} do not have.")
     tensors = _tensors(target, body.get("tensors"))
     entries = body.get("interventions")
     if not isinstance(entries, list) or not entries:
@@ -155,6 +160,10 @@ def from_entry(i: int, entry: Any, tensors: dict[str, Tensor]) -> Intervention:
     cls = _KINDS.get(entry["kind"])
     if cls is None:
         raise ValueError(f"no operation is called {entry['kind']!r}")
+    if odd := sorted(set(entry) - {"kind", "sites", "positions", *_FIELDS.get(cls, ())}):
+        raise ValueError(f"{entry['kind']} has no field {odd[0]!r}")
+    if not isinstance(entry["sites"], list):
+        raise ValueError(message("sites", "a list of texts", entry["sites"]))
     sites = [parse_site(text) for text in entry["sites"]]
     given = entry["positions"]
     positions = tuple(given) if isinstance(given, list) else given
@@ -170,19 +179,15 @@ def from_entry(i: int, entry: Any, tensors: dict[str, Tensor]) -> Intervention:
 
 
 def _path(path: Any) -> Path:
-    if not isinstance(path, (str, os.PathLike)) or not str(path).endswith(".json"):
-        raise ArgumentError(message("path", "the path of a .json file", path))
-    return Path(path)
+    return as_path("path", path, "the path of a .json file", suffix=".json")
 
 
 def _json(path: Path) -> Any:
     try:
-        if path.stat().st_size > LARGEST_BYTES:
-            raise LoadError(f"{path} is too large for a file of interventions.")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, LARGEST_BYTES)
     except OSError as error:
         raise LoadError(f"{path} cannot be read: {error}.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise LoadError(f"{path} is no JSON: {error}.") from error
 
 
@@ -190,19 +195,20 @@ def _tensors(path: Path, named: Any) -> dict[str, Tensor]:
     if named is None:
         return {}
     file = named.get("file") if isinstance(named, dict) else None
-    if not isinstance(file, str) or Path(file).name != file:
+    if not isinstance(file, str) or not plain_name(file):
         raise LoadError(f"{path} must name its tensors' file without folders; got {file!r}.")
     beside = path.with_name(file)
     try:
-        if beside.stat().st_size > LARGEST_BYTES:
-            raise LoadError(f"{beside} is too large for the vectors of interventions.")
-        packed = beside.read_bytes()
+        if file_hash(beside, LARGEST_VECTORS) != named.get("xxh3_128"):
+            raise LoadError(f"{beside} is not the file that {path.name} was written with: their hashes differ.")
+        with open_regular(beside, LARGEST_VECTORS) as held:
+            found = load_tensors(held.read())
+    except LoadError:
+        raise
     except OSError as error:
         raise LoadError(f"{path} needs {beside.name} beside it, which cannot be read: {error}.") from error
-    if xxhash.xxh3_128_hexdigest(packed) != named.get("xxh3_128"):
-        raise LoadError(f"{beside} is not the file that {path.name} was written with: their hashes differ.")
-    try:
-        found = load_tensors(packed)
     except (SafetensorError, ValueError) as error:
         raise LoadError(f"{beside} is no safetensors file: {error}.") from error
+    if odd := [name for name, tensor in found.items() if not tensor.is_floating_point()]:
+        raise LoadError(f"{beside} must hold vectors of floating-point numbers; {odd[0]} is {found[odd[0]].dtype}.")
     return {name: tensor.to(torch.float64) for name, tensor in found.items()}

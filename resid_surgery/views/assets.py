@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from resid_surgery._files import write_whole
+from resid_surgery._files import open_regular, write_whole
 from resid_surgery.errors import ArgumentError
 from resid_surgery.models.checkpoints import cache_folder
 
@@ -26,6 +26,7 @@ Foundation and contributors, MIT. THESE ARE PROVIDED "AS IS", WITHOUT WARRANTY O
 vega.github.io and datatables.net."""
 _PACKAGES = {"charts": "vl-convert-python", "tables": "itables"}
 _MODULES = {"charts": "vl_convert", "tables": "itables"}
+LARGEST = 1 << 26  # bytes of a kept script
 _TAGS = re.compile(r"</?script|<!--", re.IGNORECASE)
 
 
@@ -95,7 +96,8 @@ def _bundle() -> str:
 def _kept(place: Path) -> str | None:
     """What `_charts` has kept; None where there is nothing, or it is damaged."""
     try:
-        said, _, text = place.read_bytes().decode("utf-8", "replace").partition("\n")
+        with open_regular(place, LARGEST) as file:
+            said, _, text = file.read().decode("utf-8", "replace").partition("\n")
     except OSError:
         return None
     return text if said == sha256(text.encode("utf-8")).hexdigest() else None

@@ -1,0 +1,806 @@
+"""Files that are broken or meant to do harm: one clear error, nothing written elsewhere, no code run, little memory.
+
+`test_fuzz` damages good files at random; here stands what is worth naming.
+"""
+
+import json
+import os
+import pickle
+import resource
+import shutil
+import struct
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from fuzzing import (
+    CACHED,
+    LONGEST_MESSAGE,
+    OPERATIONS,
+    VECTORS,
+    a_checkpoint,
+    a_gguf,
+    a_run,
+    an_edit,
+    cached,
+    in_time,
+    load_quietly,
+    parsers,
+    run_tables,
+    saved_edit,
+)
+from safetensors.torch import save as tensor_bytes
+from tiny import build, shared
+
+import resid_surgery as rs
+from resid_surgery import _files
+from resid_surgery.addresses import as_sites, expand
+from resid_surgery.editing.edits import Edit
+from resid_surgery.errors import ArgumentError, LoadError, ResidSurgeryError, RunError
+from resid_surgery.experiments.cases import lines_of
+from resid_surgery.experiments.folder import LARGEST_BYTES, Folder
+from resid_surgery.models import headers, kept
+from resid_surgery.models.headers import check_gguf
+
+SECONDS, MOST_GROWN = 20.0, 100 << 20
+READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "interventions": ("ops.json", rs.load_interventions),
+    "edit": ("edit.safetensors", Edit.load),
+    "edit, whatever made it": ("edit.safetensors", lambda path: rs.read_edit(shared("llama"), path)),
+    "differences": ("delta.safetensors", lambda path: Edit.from_delta(shared("llama"), path)),
+    "probes": ("probes.json", rs.read_probes),
+    "own probes": ("probes.jsonl", rs.load_probes),
+    "plan": ("plan.json", rs.read_plan),
+    "cases": ("cases.jsonl", rs.read_cases),
+    "report": ("report.json", rs.Validation.from_json),
+    "gguf": ("model.gguf", rs.load),
+    "manifest": ("manifest.json", lambda path: rs.open_run(path.parent)),
+}
+
+
+def refused(read: Callable[[], Any], error: type[Exception] | tuple[type[Exception], ...] = LoadError) -> str:
+    """What a refusal says, on one line and in time."""
+    with in_time(SECONDS), pytest.raises(error) as caught:
+        read()
+    said = str(caught.value)
+    assert "\n" not in said
+    assert len(said) < LONGEST_MESSAGE
+    return said
+
+
+# --- what is no file --------------------------------------------------------------------------------
+
+
+def no_file(what: str, path: Path) -> None:
+    if what == "folder":
+        path.mkdir()
+    elif what == "pipe":
+        os.mkfifo(path)
+    elif what == "device":
+        path.symlink_to("/dev/zero")
+    elif what == "link to nothing":
+        path.symlink_to(path.parent / "nothing")
+    elif what == "link to itself":
+        path.symlink_to(path)
+    elif what == "sparse gigabyte":
+        path.touch()
+        os.truncate(path, 1 << 30)
+    elif what == "utf-16":
+        path.write_bytes('{"a": 1}'.encode("utf-16"))
+    elif what != "nothing":
+        path.write_bytes({"empty": b"", "blank": b" \n\n", "no utf-8": b'{"a": "\xff"}', "a pickle": bomb()}[what])
+
+
+NO_FILES = ("nothing", "folder", "pipe", "device", "link to nothing", "link to itself", "sparse gigabyte", "utf-16",
+            "empty", "blank", "no utf-8", "a pickle")  # fmt: skip
+
+
+class Bomb:
+    """Something that a pickle could run; it must never be."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (pytest.fail, ("a pickle was opened",))
+
+
+def bomb() -> bytes:
+    return pickle.dumps(Bomb())
+
+
+@pytest.mark.parametrize("what", NO_FILES)
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_no_such_file_is_refused_and_named(reader, what, tmp_path):
+    name, read = READERS[reader]
+    no_file(what, tmp_path / name)
+    shared("llama")
+    said = refused(lambda: read(tmp_path / name), (LoadError, rs.PromptError, ArgumentError))
+    assert str(tmp_path) in said
+    if what in ("folder", "pipe", "device") and reader not in ("gguf", "edit, whatever made it"):
+        assert "no regular file" in said
+
+
+def test_a_sparse_gigabyte_takes_no_memory(tmp_path):
+    """All readers in a process of their own."""
+    shared("llama")
+    for name, _ in READERS.values():
+        (tmp_path / name).mkdir(exist_ok=True)
+        no_file("sparse gigabyte", tmp_path / name / name)
+    pid = os.fork()
+    if not pid:
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        bad = 0
+        for name, read in READERS.values():
+            try:
+                read(tmp_path / name / name)
+                bad += 1
+            except ResidSurgeryError:
+                continue
+            except BaseException:  # noqa: BLE001  (a child must not return into the suite)
+                bad += 1
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        os._exit(bad or (100 if grown > MOST_GROWN else 0))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    for name in ("plan", "cases", "interventions", "probes: own", "report", "texts"):
+        parser = parsers()[name]
+        path = tmp_path / parser.file
+        path.write_bytes(b"\xef\xbb\xbf" + parser.samples[0])
+        assert parser.holds(parser.read(path), path)
+
+
+# --- JSON -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[" * 65 + b"]" * 65, "nested too deeply"),
+        (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
+        (b'{"a": 1, "a": 1}', "the key 'a' stands twice"),
+        (b'{"b": [{"c": 1, "a": 2, "c": 3}]}', "the key 'c' stands twice"),
+        (b'{"a": NaN}', "NaN is no number"),
+        (b'{"a": -Infinity}', "-Infinity is no number"),
+        (b'{"a": 1e999}', "1e999 is too large"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "4300 digits"),
+        (b"{'a': 1}", "Expecting property name"),
+        (b'{"a": 1}{"a": 1}', "Extra data"),
+        (b'{"a": "\xff"}', "can't decode byte 0xff"),
+        (b"\x00" * 100, "holds null bytes"),
+    ],
+)  # fmt: skip
+def test_what_readers_of_json_do_not_agree_on_is_refused(content, said, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with in_time(SECONDS), pytest.raises(ValueError, match=said):
+        _files.read_json(path, 1 << 20)
+    assert said in refused(lambda: rs.read_plan(path)) or said == "holds null bytes"
+
+
+def test_sixty_four_levels_are_read():
+    assert _files.parse_json(b"[" * 64 + b"]" * 64) is not None
+
+
+def test_lines_are_read_one_at_a_time(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a", "target": " b"}\n' + b"x" * 100 + b"\n")
+    assert len(list(_files.text_lines(path, 1000))) == 2
+    with pytest.raises(OSError, match="more than 50 bytes"):
+        list(_files.text_lines(path, 1000, longest=50))
+    with pytest.raises(OSError, match="at most 100 bytes; it has"):
+        list(_files.text_lines(path, 100))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda body: body | {"more": 1}, "has a field 'more'"),
+        (lambda body: body | {"schema": "1"}, "has schema '1', but this version reads 1"),
+        (lambda body: body | {"interventions": {}}, "holds no list of interventions"),
+        (lambda body: changed(body, 0, more=1), "intervention 0 .* Zero has no field 'more'"),
+        (lambda body: changed(body, 0, sites="L0.N1"), "intervention 0 .*`sites` must be a list of texts"),
+        (lambda body: changed(body, 0, sites={"L0.N1": 1}), "intervention 0 .*`sites` must be a list of texts"),
+        (lambda body: changed(body, 0, sites=[]), "intervention 0 .*at least one site"),
+        (lambda body: changed(body, 0, positions={"target": 1}), "intervention 0 .*`positions` must be"),
+        (lambda body: changed(body, 1, factor=True), "intervention 1 .*`factor` must be a finite number"),
+        (lambda body: changed(body, 1, factor=10**400), "intervention 1 .*`factor` must be a finite number"),
+        (lambda body: changed(body, 1, kind="Recording"), "no operation is called 'Recording'"),
+    ],
+)
+def test_fields_of_interventions_that_no_version_writes_are_refused(change, said, tmp_path):
+    path = rs.save_interventions(tmp_path / "ops.json", OPERATIONS)
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(LoadError, match=said):
+        rs.load_interventions(path)
+
+
+def changed(body: dict[str, Any], i: int, **more: Any) -> dict[str, Any]:
+    entries = list(body["interventions"])
+    entries[i] = entries[i] | more
+    return body | {"interventions": entries}
+
+
+@pytest.mark.parametrize("name", ["../ops.safetensors", "/etc/passwd", "a/ops.safetensors", "..", "", None, 5, ["a"]])
+def test_vectors_are_read_from_the_own_folder_only(name, tmp_path):
+    (tmp_path / "in").mkdir()
+    path = rs.save_interventions(tmp_path / "in" / "ops.json", VECTORS)
+    shutil.copy(path.with_suffix(".safetensors"), tmp_path / "ops.safetensors")
+    body = json.loads(path.read_text())
+    body["tensors"]["file"] = name
+    path.write_text(json.dumps(body))
+    said = refused(lambda: rs.load_interventions(path))
+    assert "without folders" in said or "cannot be read" in said
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_vectors_are_floating_point_numbers(dtype, tmp_path):
+    path = rs.save_interventions(tmp_path / "ops.json", VECTORS[0])
+    packed = tensor_bytes({"0.vector": torch.ones(2, dtype=dtype)})
+    path.with_suffix(".safetensors").write_bytes(packed)
+    body = json.loads(path.read_text())
+    body["tensors"]["xxh3_128"] = _files.file_hash(path.with_suffix(".safetensors"))
+    path.write_text(json.dumps(body))
+    assert "must hold vectors of floating-point numbers" in refused(lambda: rs.load_interventions(path))
+
+
+def test_a_plan_of_too_many_combinations_is_refused_at_once(tmp_path):
+    axes = {f"a{i}": list(range(1000)) for i in range(8)}
+    arm = [{"kind": "Scale", "sites": "L0.mlp", "factor": f"${name}"} for name in axes]
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({"axes": axes, "intervene": {"main": arm}}))
+    assert "at most 1,000,000 combinations" in refused(lambda: rs.read_plan(path))
+
+
+def test_probes_that_multiply_are_refused(tmp_path, monkeypatch):
+    """A relation of a thousand templates and as many samples would be a million prompts from a small file."""
+    from resid_surgery.editing import importing
+
+    monkeypatch.setattr(importing, "MOST", 10_000)
+    samples = [{"subject": f"boat {i}", "object": "Ida"} for i in range(1000)]
+    path = tmp_path / "lre.json"
+    path.write_text(
+        json.dumps({"name": "a", "prompt_templates": [f"{i} {{}} is" for i in range(1000)], "samples": samples})
+    )
+    assert "must make at most 10,000 probes" in refused(lambda: rs.read_probes(path))
+
+
+# --- safetensors ------------------------------------------------------------------------------------
+
+
+def safetensors(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(header) if length is None else length) + header + data
+
+
+def told(shape: Any, offsets: Any, dtype: str = "F32", data: bytes = b"\0" * 8) -> bytes:
+    return safetensors(json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode(), data)
+
+
+BROKEN = {
+    "a header of 2**60 bytes": safetensors(b"{}", length=2**60),
+    "a header of 2**64 - 1 bytes": safetensors(b"{}", length=2**64 - 1),
+    "a header of 99 MB that is not there": safetensors(b"{}", length=99_000_000),
+    "a header of no bytes": safetensors(b"", length=0),
+    "no header": b"\x01\x02\x03",
+    "a header that is no JSON": safetensors(b"{bad"),
+    "a header nested deeply": safetensors(b'{"a":' * 50_000),
+    "a header that is a list": safetensors(b"[]"),
+    "a shape of 10**12": told([10**12], [0, 8]),
+    "a shape of 2**63": told([2**63, 4], [0, 8]),
+    "a negative shape": told([-1], [0, 8]),
+    "a shape that multiplies to nothing": told([2**33, 2**33], [0, 8]),
+    "offsets beyond the end": told([2**40], [0, 2**42]),
+    "offsets backwards": told([2], [8, 0]),
+    "an unknown type": told([2], [0, 8], "F31"),
+    "a pickle": bomb(),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_tensors_are_refused_wherever_they_are_read(what, tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(BROKEN[what])
+    assert str(path) in refused(lambda: Edit.load(path))
+    assert str(path) in refused(lambda: rs.read_edit(shared("llama"), path))
+    assert str(path) in refused(lambda: Edit.from_delta(shared("llama"), path))
+    with in_time(SECONDS):
+        assert kept.read_kept(path) == {}
+    checkpoint = shutil.copytree(a_checkpoint(), tmp_path / "checkpoint")
+    min(checkpoint.glob("*.safetensors")).write_bytes(BROKEN[what])
+    refused(lambda: load_quietly(checkpoint))
+
+
+def test_every_cut_of_an_edit_is_refused(tmp_path):
+    path, whole = tmp_path / "edit.safetensors", saved_edit()
+    for at in [*range(0, len(whole), 97), len(whole) - 1]:
+        path.write_bytes(whole[:at])
+        refused(lambda: Edit.load(path))
+
+
+def test_a_flipped_bit_anywhere_in_an_edit_is_seen(tmp_path):
+    path, whole = tmp_path / "edit.safetensors", saved_edit()
+    for at in range(0, len(whole), 53):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        try:
+            again = Edit.load(path)
+        except LoadError:
+            continue
+        assert again.hash == an_edit().hash, at
+
+
+def rewritten(tmp_path: Path, **more: Any) -> Path:
+    """An edit as a hostile writer would make it: other contents, and a hash that is theirs."""
+    about, tensors = kept.read_tensors(an_edit().save(tmp_path / "one.safetensors"))
+    body = json.loads(about["edit"])
+    for name, value in more.items():
+        if name in ("spec", "tensor"):
+            continue
+        body[name] = value
+    if "spec" in more:
+        body["changes"][0] |= more["spec"]
+    tensors |= more.get("tensor", {})
+    text = json.dumps(body)
+    path = tmp_path / "told.safetensors"
+    path.write_bytes(tensor_bytes(tensors, about | {"edit": text, "hash": kept.tensors_hash(tensors, text)}))
+    return path
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"spec": {"shape": [10**12, -1]}}, {"spec": {"shape": [2**40, 2**40]}}, {"spec": {"shape": "24"}},
+        {"spec": {"shape": [24.0, 40]}}, {"spec": {"shape": [True, 40]}}, {"spec": {"kind": "pickle"}},
+        {"spec": {"kind": ["rows"]}}, {"spec": {"axes": [7]}}, {"spec": {"axes": [1, 1]}}, {"spec": {"axes": [-1]}},
+        {"spec": {"axes": "1"}}, {"spec": {"name": ""}}, {"spec": {"name": 3}}, {"spec": {"tied": ["a", 1]}},
+        {"spec": {"tied": "abc"}}, {"spec": {"name": "model.norm.weight"}},
+        {"tensor": {"change.0.index": torch.tensor([[3.0], [5.0]])}},
+        {"tensor": {"change.0.index": torch.tensor([3, 5])}},
+        {"tensor": {"change.0.index": torch.tensor([[3], [-1]])}},
+        {"tensor": {"change.0.index": torch.tensor([[3], [3]])}},
+        {"tensor": {"change.0.delta": torch.ones(2, 24, dtype=torch.int64)}},
+        {"tensor": {"change.1.left": torch.ones(24)}}, {"tensor": {"change.0.delta": torch.tensor(1.0)}},
+        {"tensor": {"operation.0.vector": torch.tensor([1, 2])}}, {"tensor": {"nothing": torch.ones(3)}},
+        {"changes": {}}, {"changes": [1]}, {"interventions": "abc"}, {"interventions": [{"kind": "Zero"}]},
+        {"method": 3}, {"rewrites": [3]}, {"rewrites": [{"prompt": "a"}]}, {"rewrites": {}}, {"expects": []},
+        {"expects": {"a": 1}}, {"about": 3}, {"fitting": []}, {"fitting": {"columns": ["a", "a"], "data": []}},
+        {"fitting": {"columns": ["a"], "data": [[1, 2]]}}, {"fitting": {"columns": ["a"], "data": 3}}, {"more": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_edit_that_no_version_writes_is_refused(more, tmp_path):
+    path = rewritten(tmp_path, **more)
+    assert str(path) in refused(lambda: Edit.load(path))
+
+
+def test_the_writer_of_hostile_edits_can_also_write_good_ones(tmp_path):
+    assert Edit.load(rewritten(tmp_path)).hash == an_edit().hash
+
+
+def test_a_loaded_edit_does_not_hang_on_its_file(tmp_path):
+    """Tensors that were mapped would change with the file, and end the process where it is cut off."""
+    path = an_edit().save(tmp_path / "edit.safetensors")
+    again = Edit.load(path)
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.seek(size - 64)
+        file.write(b"\xff" * 64)
+    assert again.hash == an_edit().hash
+    os.truncate(path, 8)
+    assert again.hash == an_edit().hash
+
+
+# --- checkpoints ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return shutil.copytree(a_checkpoint(), tmp_path / "checkpoint")
+
+
+def rewrite_json(path: Path, change: Callable[[Any], Any]) -> None:
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/a.safetensors", "..", ""])
+def test_shards_are_of_the_own_folder(checkpoint, name):
+    index = checkpoint / "model.safetensors.index.json"
+    shutil.copy(min(checkpoint.glob("*.safetensors")), checkpoint.parent / "secret.safetensors")
+    rewrite_json(index, lambda body: body | {"weight_map": dict.fromkeys(body["weight_map"], name)})
+    said = refused(lambda: load_quietly(checkpoint))
+    assert str(index) in said
+    assert "own folder" in said or "weight_map" in said
+
+
+@pytest.mark.parametrize("body", [[], {}, {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": None}], ids=str)
+def test_an_index_of_something_else(checkpoint, body):
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(body))
+    assert "must have a weight_map" in refused(lambda: load_quietly(checkpoint))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_hidden_layers": 10**9}, {"num_hidden_layers": 2**63}, {"num_hidden_layers": -1}, {"hidden_size": 0},
+        {"num_attention_heads": 0}, {"hidden_size": 10**12}, {"vocab_size": 10**12}, {"intermediate_size": -5},
+        {"num_attention_heads": 10**6}, {"hidden_act": "os.system"}, {"hidden_act": None}, {"rope_parameters": "x"},
+        {"model_type": []}, {"model_type": "llama/../../x"}, {"rms_norm_eps": "a"},
+        {"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "model_type": "evil"},
+        {"architectures": 5, "model_type": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_no_model_has(checkpoint, fields):
+    """No code of the folder's own is run either."""
+    (checkpoint / "evil.py").write_text("raise SystemExit('code was run')")
+    rewrite_json(checkpoint / "config.json", lambda body: body | fields)
+    refused(lambda: load_quietly(checkpoint), (LoadError, rs.UnsupportedModelError))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "extra.safetensors"])
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(checkpoint, name):
+    (checkpoint / name).unlink(missing_ok=True)
+    os.mkfifo(checkpoint / name)
+    assert f"{checkpoint / name} must be a file" in refused(lambda: load_quietly(checkpoint))
+
+
+def test_a_damaged_tokenizer_is_none(checkpoint):
+    (checkpoint / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "nonsense"}}')
+    (checkpoint / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.warns(UserWarning, match="has no readable tokenizer"):
+        assert rs.load(checkpoint).tokenizer is None
+
+
+def test_two_files_that_hold_one_tensor_are_not_guessed_between(tmp_path, monkeypatch):
+    """The index says which counts; without it the folder is read as transformers reads it."""
+    base = rs.load(build("llama", torch.float32))
+    other = build("llama", torch.float32, seed=1)
+    other.save_pretrained(tmp_path)  # type: ignore[operator]
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "zzz.safetensors")
+    stale = {"model.norm.weight": torch.zeros(24)}
+    (tmp_path / "zzz.safetensors").write_bytes(tensor_bytes(stale, {"format": "pt"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        edit = Edit.from_models(base, tmp_path)
+    with edit.applied(base) as edited:
+        assert torch.equal(edited.shadow.model.norm.weight, other.model.norm.weight)
+
+
+PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_pickles_of_adapters_are_never_opened(name, tmp_path):
+    pytest.importorskip("peft")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}')
+    (tmp_path / name).write_bytes(bomb())
+    refused(lambda: Edit.from_peft(shared("llama"), tmp_path), (LoadError, ArgumentError))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '"LORA"', '{"peft_type": "EVIL"}', "[" * 100_000,
+                '{"peft_type": {"a": 1}}', "\x00",
+                '{"peft_type": "LORA", "r": -1, "target_modules": ["q_proj"]}',
+                '{"peft_type": "LORA", "r": "a", "target_modules": ["q_proj"]}',
+                '{"peft_type": "LORA", "r": 1000000000000, "target_modules": ["q_proj"]}',
+                '{"peft_type": "LORA", "r": 2, "target_modules": 5}',
+                '{"peft_type": "LORA", "r": 2, "target_modules": "("}']
+)  # fmt: skip
+def test_configs_of_adapters_that_say_nothing(content, tmp_path):
+    pytest.importorskip("peft")
+    (tmp_path / "adapter_config.json").write_text(content)
+    (tmp_path / "adapter_model.safetensors").write_bytes(tensor_bytes({"a": torch.ones(2)}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        refused(lambda: Edit.from_peft(shared("llama"), tmp_path), (LoadError, ArgumentError))
+
+
+# --- GGUF -------------------------------------------------------------------------------------------
+
+
+def gguf(tensors: int = 0, fields: int = 0, body: bytes = b"", version: int = 3) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, fields) + body
+
+
+def words(text: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+def a_field(kind: int, value: bytes, name: bytes = b"a") -> bytes:
+    return gguf(0, 1, words(name) + struct.pack("<I", kind) + value)
+
+
+def a_tensor(dims: list[int], kind: int = 0, offset: int = 0, data: bytes = b"\0" * 64) -> bytes:
+    body = words(b"t") + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
+    return gguf(1, 0, body + data)
+
+
+BAD_GGUF = {
+    "another magic": (b"GGML" + b"\0" * 40, "does not begin as GGUF"),
+    "2**40 tensors": (gguf(2**40), "counts 1099511627776 tensors"),
+    "2**40 fields": (gguf(0, 2**40), "counts 1099511627776 fields"),
+    "a name of 2**60 bytes": (gguf(0, 1, words(b"a", 2**60)), "bytes of a text"),
+    "a text of 2**64 - 1 bytes": (a_field(8, words(b"", 2**64 - 1)), "bytes of a text"),
+    "a list of 2**60 numbers": (a_field(9, struct.pack("<IQ", 4, 2**60)), "items"),
+    "a list of 2**20 numbers that are not there": (a_field(9, struct.pack("<IQ", 4, 2**20)), "more bytes"),
+    "a list of 2**60 texts": (a_field(9, struct.pack("<IQ", 8, 2**60)), "items"),
+    "a list of lists": (a_field(9, struct.pack("<IQIQ", 9, 1, 4, 1)), "unknown type 9"),
+    "an unknown type": (a_field(77, b"\0" * 8), "unknown type 77"),
+    "a billion layers": (a_field(4, struct.pack("<I", 10**9), b"llama.block_count"), "counts 1000000000 layers"),
+    "a tensor of 2**40 dimensions": (gguf(1, 0, words(b"t") + struct.pack("<I", 2**31)), "dimensions"),
+    "a tensor of 10**12 numbers": (a_tensor([10**6, 10**6]), "elements"),
+    "a tensor of 2**70 numbers": (a_tensor([2**35, 2**35]), "elements"),
+    "a tensor beyond the end": (a_tensor([16], offset=2**50), "bytes of a tensor"),
+    "a tensor larger than the file": (a_tensor([500]), "bytes of tensors"),
+    "a tensor of unknown type": (a_tensor([4], kind=99), "99"),
+    "cut off behind the counts": (gguf(1, 1), "more bytes"),
+    "cut off in the counts": (gguf()[:12], "more bytes"),
+    "version 0": (gguf(version=0), "could not be read"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_GGUF)
+def test_gguf_headers_are_held_against_the_file(what, tmp_path):
+    content, said = BAD_GGUF[what]
+    path = tmp_path / "a.gguf"
+    path.write_bytes(content)
+    assert said in refused(lambda: rs.load(path))
+
+
+def test_gguf_lists_are_limited_together(tmp_path, monkeypatch):
+
+    path = tmp_path / "a.gguf"
+    field = words(b"%d") + struct.pack("<IIQ", 9, 0, 60) + b"\0" * 60
+    path.write_bytes(gguf(0, 2, field.replace(b"%d", b"%a") + field.replace(b"%d", b"%b")))
+    check_gguf(path)
+    monkeypatch.setattr(headers, "MOST_ITEMS", 100)
+    with pytest.raises(ValueError, match="counts 60 items where there can be at most 40"):
+        check_gguf(path)
+
+
+def test_a_good_gguf_file_loads_and_every_cut_is_refused(tmp_path):
+    path, whole = tmp_path / "a.gguf", a_gguf()
+    path.write_bytes(whole)
+    assert load_quietly(path).anatomy.n_layers == 1
+    for at in [*range(0, len(whole), 211), len(whole) - 40]:
+        path.write_bytes(whole[:at])
+        refused(lambda: load_quietly(path))
+
+
+# --- run folders ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path):
+    return shutil.copytree(a_run(), tmp_path / "run")
+
+
+def read_all(out: Path) -> dict[str, pd.DataFrame]:
+    found = rs.open_run(out)
+    assert repr(found)
+    return {name: found.read(name) for name in found.tables}
+
+
+def test_a_good_copy_of_a_run_reads_the_same(run):
+    for name, table in read_all(run).items():
+        pd.testing.assert_frame_equal(table, run_tables()[name], check_exact=True)
+
+
+def rewritten_shard(file: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    pq.write_table(change(pq.read_table(file)), file, write_page_checksum=True)
+
+
+MEDDLING: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "rows missing": (lambda out: (out / "rows/s000000.parquet").unlink(), "cannot be read"),
+    "a shard twice": (lambda out: [shutil.copy(f, f.with_stem("s000007")) for f in out.glob("*/s000000.parquet")],
+                      "is not shard s000007 of this run"),
+    "tables swapped": (lambda out: shutil.copy(out / "located/s000000.parquet", out / "rows/s000000.parquet"),
+                       "is not what the run wrote there"),
+    "no Parquet": (lambda out: (out / "rows/s000000.parquet").write_bytes(b"nothing"), "footer does not fit"),
+    "a pipe": (lambda out: [(out / "rows/s000000.parquet").unlink(), os.mkfifo(out / "rows/s000000.parquet")],
+               "no regular file"),
+    "without a mark": (lambda out: pq.write_table(pq.read_table(out / "rows/s000000.parquet").replace_schema_metadata(),
+                                                  out / "rows/s000000.parquet"), "not what the run wrote"),
+    "a row less": (lambda out: rewritten_shard(out / "rows/s000000.parquet", lambda t: t.slice(1)),
+                   "not what the run wrote"),
+    "a row twice": (lambda out: rewritten_shard(out / "rows/s000000.parquet", lambda t: pa.concat_tables([t, t])),
+                    "not what the run wrote"),
+    "a column less": (lambda out: rewritten_shard(out / "rows/s000000.parquet", lambda t: t.drop_columns(["log_prob"])),
+                      "not what the run wrote"),
+    "a column less in the ledger": (lambda out: rewritten_shard(out / "prompts/s000000.parquet",
+                                    lambda t: t.drop_columns(["n_tokens"])), "other columns or rows"),
+    "a row less in the ledger": (lambda out: rewritten_shard(out / "prompts/s000000.parquet", lambda t: t.slice(1)),
+                                 "other columns or rows"),
+    "a column of another type": (lambda out: rewritten_shard(out / "rows/s000000.parquet", whole_numbers),
+                                 "not what the run wrote"),
+    "a prompt that there is not": (lambda out: rewritten_shard(out / "prompts/s000000.parquet", other_prompts),
+                                   "prompts that the run does not have"),
+}  # fmt: skip
+
+
+def whole_numbers(table: pa.Table) -> pa.Table:
+    at = table.schema.get_field_index("log_prob")
+    return table.set_column(at, "log_prob", pa.array([1] * len(table), pa.int64())).replace_schema_metadata(
+        table.schema.metadata
+    )
+
+
+def other_prompts(table: pa.Table) -> pa.Table:
+    return table.set_column(0, "prompt", pa.array([99] * len(table), pa.int64())).replace_schema_metadata(
+        table.schema.metadata
+    )
+
+
+@pytest.mark.parametrize("what", MEDDLING)
+def test_shards_that_are_not_what_was_written_are_named(run, what):
+    meddle, said = MEDDLING[what]
+    meddle(run)
+    assert said in refused(lambda: read_all(run))
+
+
+def test_files_that_are_no_shards_are_left_aside(run):
+    (run / "prompts" / "sx.parquet").write_bytes(b"")
+    (run / "prompts" / "s-1.parquet").write_bytes(b"")
+    for name, table in read_all(run).items():
+        pd.testing.assert_frame_equal(table, run_tables()[name], check_exact=True)
+
+
+def test_a_shard_of_another_run_is_seen(run, tmp_path):
+    plan = {"locate": {"best": {"k": 3}}, "intervene": {"best": {"kind": "Zero", "sites": "$best"}}}
+    prompts = [{"ids": [5, 4, 3], "target": 1, "relation": "a"}, {"ids": [9, 8, 7], "target": 10**6, "relation": "b"}]
+    rs.run(shared("llama"), prompts, plan, out=tmp_path / "other", max_failures=None, progress=False)
+    for table in ("prompts", "rows", "located", "failures"):
+        shutil.copy(tmp_path / "other" / table / "s000000.parquet", run / table / "s000000.parquet")
+    assert "of this run" in refused(lambda: read_all(run))
+
+
+def test_a_flipped_bit_anywhere_in_a_shard_is_seen_or_changes_nothing(run):
+    """Pages have checksums; of the footer, what counts is held against the manifest."""
+    wheres: dict[str, Any] = {"rows": {"prompt": [0]}, "located": {"rank": 1}, "prompts": {"status": "done"}}
+    for table, where in wheres.items():
+        some = rs.read_run(run, table=table, where=where)
+        file = run / table / "s000000.parquet"
+        whole, step = file.read_bytes(), 67
+        for at in range(0, len(whole), step):
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+            try:
+                with in_time(SECONDS):
+                    found, chosen = rs.read_run(run, table=table), rs.read_run(run, table=table, where=where)
+            except ResidSurgeryError:
+                continue
+            pd.testing.assert_frame_equal(found, run_tables()[table], check_exact=True)
+            pd.testing.assert_frame_equal(chosen, some, check_exact=True)
+        file.write_bytes(whole)
+
+
+def test_footers_that_lie_about_their_length_are_refused(run):
+    file = run / "rows" / "s000000.parquet"
+    whole = file.read_bytes()
+    for length in (0, 1, 7, len(whole), 2**31 - 1, 2**32 - 1):
+        file.write_bytes(whole[:-8] + struct.pack("<I", length) + b"PAR1")
+        refused(lambda: rs.read_run(run))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": 1}, "no manifest of a run with schema 2"), ({"what": "x"}, "no manifest of a run"),
+        ({"tables": {}}, "its tables are none"), ({"tables": {"rows": {"a": "string"}}}, "its tables are rows"),
+        ({"tables": {"prompts": {"a": "object"}}}, "columns of no known type"), ({"tables": []}, "its tables"),
+        ({"tables": {"prompts": {"a": {}}}}, "columns of no known type"),
+        ({"tables": {"prompts": ["a"]}}, "columns of no known type"),
+        ({"tables": {"prompts": {}, "../../etc": {}}}, "its tables are prompts, ../../etc"),
+        ({"prompts": {}}, "how many"),
+        ({"prompts": {"number": "3"}}, "how many"), ({"prompts": {"number": -1}}, "how many"),
+        ({"prompts": 3}, "its prompts"),
+        ({"sessions": []}, "who worked"), ({"sessions": [3]}, "who worked"), ({"sessions": None}, "its sessions"),
+        ({"model": {"name": 3}}, "what model"), ({"origin": "x"}, "its origin"), ({"plan_hash": 1}, "its plan_hash"),
+        ({"plan": None}, "its plan"), ({"prompts": {"number": 10**9, "hash": "x"}}, "of this run"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_manifests_that_no_version_writes(run, change, said):
+    rewrite_json(run / "manifest.json", lambda body: body | change)
+    assert said in refused(lambda: read_all(run))
+
+
+@pytest.mark.parametrize("name", ["rows", "prompts", "failures", "manifest.json", "prompts.jsonl", "run.log", ".lock",
+                                  ".owner.json"])  # fmt: skip
+def test_a_run_writes_through_no_link(run, name, tmp_path):
+    """What is written, or removed, stays in the folder."""
+    outside = tmp_path / "outside"
+    if (run / name).is_dir():
+        outside.mkdir()
+        (outside / "mine.parquet").write_bytes(b"mine")
+        (outside / ".s1").write_bytes(b"mine")
+        shutil.rmtree(run / name)
+    else:
+        outside.write_bytes(b"mine")
+        (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(outside)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("outside*/**/*") if path.is_file()}
+    plan = {"locate": {"best": {"k": 2}}, "intervene": {"best": {"kind": "Zero", "sites": "$best"}}}
+    prompts = [{"ids": [5, 4, 3], "target": 1, "relation": "a"}, {"ids": [9, 8, 7], "target": 10**6, "relation": "b"}]
+    said = refused(lambda: rs.run(shared("llama"), prompts, plan, out=run, max_failures=None, progress=False), RunError)
+    assert f"{run / name} is a symbolic link" in said
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("outside*/**/*") if path.is_file()}
+    assert outside.is_dir() or outside.read_bytes() == b"mine"
+    with in_time(SECONDS):
+        assert Folder.of(run).running is None
+
+
+@pytest.mark.parametrize("content", [b"", b"5", b"[1]", b'{"pid": 1}', b"\xff", b"[" * 100_000])
+def test_an_owner_that_says_nothing(run, content):
+    """Who holds the lock is only told; a note that cannot be read is no error of its own."""
+    folder = Folder.of(run)
+    with folder.locked():
+        (run / ".owner.json").write_bytes(content)
+        said = refused(lambda: rs.run(shared("llama"), [rs.Prompt(ids=[1, 2], target=3)], rs.Plan([rs.Zero("L0.mlp")]),
+                                      out=run, progress=False), RunError)  # fmt: skip
+        assert "being written to by another process" in said
+
+
+def test_parquet_types_that_unpickle_are_not_believed(run):
+    kind = pa.field("log_prob", pa.binary(), metadata={b"ARROW:extension:name": b"arrow.py_extension_type",
+                                                       b"ARROW:extension:metadata": bomb()})  # fmt: skip
+    file = run / "rows" / "s000000.parquet"
+
+    def poisoned(table: pa.Table) -> pa.Table:
+        at = table.schema.get_field_index("log_prob")
+        schema = table.schema.set(at, kind)
+        arrays = [
+            pa.array([b"x"] * len(table), pa.binary()) if i == at else table.column(i) for i in range(len(schema))
+        ]
+        return pa.Table.from_arrays(arrays, schema=schema)
+
+    rewritten_shard(file, poisoned)
+    assert "not what the run wrote" in refused(lambda: read_all(run))
+
+
+def test_prompts_beside_a_run_are_held_against_it(run):
+    """What is resumed from the folder is what was begun."""
+    cases = rs.read_cases(run / "prompts.jsonl")
+    cases[0] = rs.Case(rs.Prompt(ids=[5, 4, 4], target=1), cases[0].labels)
+    (run / "prompts.jsonl").write_bytes(lines_of(cases))
+    again = rs.read_cases(run / "prompts.jsonl")
+    plan = rs.Plan.of(rs.open_run(run).manifest["plan"])
+    said = refused(lambda: rs.run(shared("llama"), again, plan, out=run, max_failures=None, progress=False), RunError)
+    assert "prompts.hash" in said
+
+
+def test_a_manifest_larger_than_any_is_refused(run):
+    os.truncate(run / "manifest.json", LARGEST_BYTES + 1)
+    assert "must have at most" in refused(lambda: read_all(run))
+
+
+# --- caches -----------------------------------------------------------------------------------------
+
+
+def test_a_cached_file_is_believed_only_whole(tmp_path):
+    path, whole = tmp_path / "a.safetensors", cached()
+    kept.write_kept(path, CACHED)
+    for damaged in (*(whole[:at] for at in range(0, len(whole), 11)), *BROKEN.values(), b""):
+        path.write_bytes(damaged)
+        assert kept.read_kept(path) == {}
+    path.unlink()
+    for what in ("folder", "device"):
+        no_file(what, tmp_path / what)
+        assert kept.read_kept(tmp_path / what) == {}
+    os.mkfifo(path)
+    with in_time(SECONDS):
+        assert kept.read_kept(path) == {}
+
+
+# --- texts of sites ---------------------------------------------------------------------------------
+
+
+def test_a_slice_names_each_site_once():
+    """A short text must not stand for a million sites of a model that has a hundred."""
+    many = ",".join(["*", "0:", "1", "-3", "*"] * 500)
+    found = list(expand(as_sites(f"L{many}.N{many.replace('-3', '3')}"), shared("llama").anatomy, 3))
+    assert len(found) == len(set(found)) == 3 * 40
