@@ -1,4 +1,4 @@
-"""The API reference: one page a room of the package, built by pdoc from docstrings.
+"""The API reference: one page a room of the package, built by pdoc from docstrings, and the table of errors.md.
 
     python .docs/build.py out/docs
 
@@ -73,7 +73,19 @@ def front(found: Mapping[str, list[str]]) -> types.ModuleType:
         for room, names in found.items()
     ]
     start = "\n\n".join(inspect.cleandoc(rs.__doc__ or "").split("\n\n")[:1])
-    module.__doc__ = f"{start}\n\n`import resid_surgery as rs`; every name below is `rs.name`.\n\n" + "\n\n".join(parts)
+    said = (
+        "`import resid_surgery as rs`; every name below is `rs.name`. What is refused, and in which words: "
+        "[conditions and errors](resid_surgery/conditions.html)."
+    )
+    module.__doc__ = "\n\n".join([start, said, *parts])
+    module.__all__ = []  # type: ignore[attr-defined]
+    return module
+
+
+def conditions() -> types.ModuleType:
+    """The page of what works and what is refused: errors.md."""
+    module = types.ModuleType("resid_surgery.conditions")
+    module.__doc__ = (HERE / "errors.md").read_text(encoding="utf-8")
     module.__all__ = []  # type: ignore[attr-defined]
     return module
 
@@ -140,7 +152,8 @@ def build(out: Path) -> list[Path]:
     places = {name: room or "basics" for room, names in found.items() for name in names}
     pdoc.render.configure(docformat="google", template_directory=HERE, footer_text=f"resid_surgery {rs.__version__}")
     pdoc.render.env.filters["to_markdown"] = converter(places)
-    modules = {one.__name__: pdoc.doc.Module(one) for one in (front(found), *(page(*one) for one in found.items()))}
+    pages = (front(found), *(page(*one) for one in found.items()), conditions())
+    modules = {one.__name__: pdoc.doc.Module(one) for one in pages}
     texts = {f"{name.replace('.', '/')}.html": pdoc.render.html_module(one, modules) for name, one in modules.items()}
     texts["index.html"] = pdoc.render.html_index(modules)
     if search := pdoc.render.search_index(modules):

@@ -13,6 +13,9 @@ ROOT = Path(__file__).parent.parent
 if importlib.util.find_spec("pdoc") is None:
     pytest.skip("pdoc is not installed: pip install 'resid-surgery[docs]'", allow_module_level=True)
 
+# pdoc evaluates annotations, and pandas' Series takes type arguments in its stubs only
+pytestmark = pytest.mark.filterwarnings("ignore:Error parsing type annotation pd.Series")
+
 
 def _builder() -> Any:
     spec = importlib.util.spec_from_file_location("docs_build", ROOT / ".docs" / "build.py")
@@ -49,6 +52,17 @@ def test_every_link_between_pages_leads_somewhere(pages: dict[str, str]) -> None
             at = (Path(name).parent / page).as_posix() if page else name
             at = re.sub(r"[^/]+/\.\./", "", at)
             assert f'id="{anchor}"' in inner[at], (name, target)
+
+
+def test_the_table_of_errors_is_a_page(pages: dict[str, str]) -> None:
+    text = pages["resid_surgery/conditions.html"]
+    rows = re.findall(
+        r"^\| (?!condition)(.+?) \| .+ \|$", (ROOT / ".docs" / "errors.md").read_text(encoding="utf-8"), re.M
+    )
+    assert len(rows) > 60
+    assert text.count("<tr>") == len(rows) + text.count("<table>") == len(rows) + 6
+    assert '<a href="basics.html#SiteError">' in text, "names are linked there too"
+    assert 'href="resid_surgery/conditions.html"' in pages["resid_surgery.html"]
 
 
 def test_pages_ask_nothing_of_the_network(pages: dict[str, str]) -> None:

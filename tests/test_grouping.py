@@ -242,11 +242,11 @@ def mix(out: torch.Tensor) -> torch.Tensor:
 
 
 def first_only(out: torch.Tensor) -> torch.Tensor:
-    return torch.cat([out[:1] * 1.1, out[1:]])
+    return torch.cat([out[:1] * (1.1 if len(out) > 1 else 1.0), out[1:]])  # a row alone is the model's own
 
 
 def last_only(out: torch.Tensor) -> torch.Tensor:
-    return torch.cat([out[:-1], out[-1:] * 1.1])
+    return torch.cat([out[:-1], out[-1:] * (1.1 if len(out) > 1 else 1.0)])
 
 
 def capacity_of_two(out: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ ROOT = Path(resid_surgery.__file__).parent
 ORDER = {
     "": ["errors", "_check", "_files", "_html", "_progress", "sites", "addresses"],
     "models": ["zoo", "parts", "experts", "layout", "calls", "ends", "mlps", "wiring", "anatomy", "prompts",
-               "facts", "fingerprint", "kept", "checkpoints", "devices", "opening", "replacing", "attention",
+               "facts", "fingerprint", "kept", "headers", "checkpoints", "devices", "opening", "replacing", "attention",
                "taps", "remoting", "envoys", "passes", "freezing", "tracing", "settling"],
     "stream": ["records", "recording", "grouping", "elsewhere", "blocks", "kinds", "subvalues", "vocabulary",
                "everywhere", "tables", "closing", "loading", "knowing"],

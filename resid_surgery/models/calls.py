@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from resid_surgery.errors import UnsupportedModelError
+from resid_surgery.errors import UnsupportedModelError, out_of_memory
 
 
 @final
@@ -85,9 +85,9 @@ def watch(module: nn.Module, ids: Tensor) -> list[Call]:
     try:
         with torch.no_grad():
             module(input_ids=ids, use_cache=False)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         why = f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"
         raise UnsupportedModelError(

@@ -4,13 +4,20 @@ The full hash is a position-sensitive 128-bit xxh3 of every parameter's and buff
 reduction such as `torch.hash_tensor` would miss two swapped rows, and is slower. The quick look
 compares storage, version counters and a sample that touches every row and column of every tensor;
 it can miss a write through ``.data`` to a few elements, which bumps no counter.
+
+Beside the weights stand the modules themselves: which there are, their hooks and their own settings (an adapter that
+is switched on or off, a changed eps). `structure` is equal while those are the same.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any, final
 
 import torch
 import xxhash
 from torch import Tensor, nn
+
+NUMBERS = (bool, int, float, str, type(None))
+OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
 @final
@@ -26,6 +33,7 @@ class Weights:
         self._root = module
         self._modules: list[nn.Module] = []
         self._children: list[list[int]] = []
+        self._named: list[list[str]] = []
         self._fingerprint = self.first = ""
         self.token: tuple[Any, ...] | None = None
         self._samples: tuple[tuple[int, ...], list[list[tuple[Tensor, Tensor]]]] | None = None
@@ -35,6 +43,7 @@ class Weights:
         if not self._modules or self._children != self._snapshot():
             self._modules = list(self._root.modules())
             self._children = self._snapshot()
+            self._named = [[name for name in sub.__dict__ if name not in OF_EVERY_MODULE] for sub in self._modules]
         return self._modules
 
     def tensors(self) -> list[Tensor]:
@@ -47,12 +56,16 @@ class Weights:
         return list(found.values())
 
     def structure(self) -> tuple[Any, ...]:
-        """Equal while a shadow is still faithful: the same submodules, tensors and hooks."""
+        """Equal while a shadow is still faithful: the same submodules, tensors, hooks and settings."""
         hooks = [
             (*sub._forward_hooks, None, *sub._forward_pre_hooks, id(sub.__dict__.get("forward")))
             for sub in self.modules()
         ]
-        return (*map(id, self._modules), *map(id, self.tensors()), *hooks)
+        settings = [
+            (len(sub.__dict__), *_plain(sub.__dict__.get(name) for name in named))
+            for sub, named in zip(self._modules, self._named, strict=True)
+        ]
+        return (*map(id, self._modules), *map(id, self.tensors()), *hooks, *settings)
 
     def fingerprint(self) -> str:
         """Hash of every tensor: dtypes, shapes and bytes."""
@@ -83,7 +96,7 @@ class Weights:
         """Storage, version counters and a sample of every tensor (5 ms for 540 MB)."""
         sample = xxhash.xxh3_64()
         tensors = self.tensors()
-        stamps = tuple((t.data_ptr(), t._version, t.shape) for t in tensors)
+        stamps = tuple((t.data_ptr(), -1 if t.is_inference() else t._version, t.shape) for t in tensors)
         places = tuple(stamp[0] for stamp in stamps)
         if self._samples is None or self._samples[0] != places:
             kinds: dict[Any, list[tuple[Tensor, Tensor]]] = {}
@@ -96,6 +109,18 @@ class Weights:
 
     def _snapshot(self) -> list[list[int]]:
         return [[id(child) for child in sub._modules.values()] for sub in self._modules]
+
+
+def _plain(values: Iterable[Any]) -> Iterator[Any]:
+    """Numbers and texts among a module's own attributes, and those that its lists and dicts hold."""
+    for value in values:
+        kind = type(value)
+        if kind in NUMBERS:
+            yield value
+        elif kind in (list, tuple, set):
+            yield tuple(_plain(value))
+        elif kind is dict:
+            yield (*_plain(value), *_plain(value.values()))
 
 
 def _diagonal(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from resid_surgery.errors import out_of_memory
 from resid_surgery.models.calls import Call, close, flatten, norm_before, same
 from resid_surgery.models.experts import experts_of
 
@@ -160,10 +161,10 @@ def _products(parts: dict[str, Tensor], act: Any) -> Iterator[tuple[tuple[str, .
         for gate, value in parts.items():
             try:
                 on = act(value)
-            except torch.OutOfMemoryError:
-                raise
-            except (TypeError, ValueError, RuntimeError):  # it takes something else: not this MLP's activation
-                return
+            except (TypeError, ValueError, RuntimeError) as error:
+                if out_of_memory(error):
+                    raise
+                return  # it takes something else: not this MLP's activation
             if not isinstance(on, Tensor) or on.shape != value.shape:
                 return
             if len(parts) == 1:

@@ -7,37 +7,34 @@ user's current weights, while its mode, hooks and configuration are its own.
 
 import copy
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from resid_surgery._check import choice, message
-from resid_surgery.errors import ArgumentError, UnsupportedModelError
+from resid_surgery._check import flag, message
+from resid_surgery._check import path as as_path
+from resid_surgery.errors import ArgumentError, ClosureError, UnsupportedModelError
 from resid_surgery.models.anatomy import Anatomy, dissect
 from resid_surgery.models.checkpoints import read_checkpoint
 from resid_surgery.models.devices import (
     need_accelerate,
     one_device,
+    one_dtype,
     require_present,
+    require_uncompiled,
     require_whole_blocks,
     spread_over,
     unwrap_moves,
+    unwrapped,
 )
 from resid_surgery.models.experts import Experts, experts_of
 from resid_surgery.models.fingerprint import Weights
 from resid_surgery.models.layout import BlockLayout, Layout, split_key
 from resid_surgery.models.parts import LinearMap, Norm, attribute, linear_map, require_plain
 from resid_surgery.models.wiring import read_layout
-
-_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 class OpenedModel:
@@ -49,8 +46,10 @@ class OpenedModel:
     Attributes:
         module: the user's own module, never changed. tokenizer: its tokenizer or None.
         anatomy: sizes, block kind, norms and flags. name, note: what it is called; how it came.
-        shadow: the module that forwards run on, sharing the user's tensors. origin: arguments of `load` that open it
-        anew in another process, without `device`; None for what exists only in memory.
+        shadow: the module that forwards run on, sharing the user's tensors. trees: how many were made, one whenever
+        modules, hooks or settings of the user's had changed. proof: what proves the ledger, anew on each of them.
+        origin: arguments of `load` that open it anew in another process, without `device`; None for what exists only
+        in memory.
         lock: held during a forward; two threads never mix in one model.
     """
 
@@ -71,6 +70,8 @@ class OpenedModel:
         self.lock = threading.RLock()
         self.cache: dict[str, Any] = {}
         self.weights = Weights(module)
+        self.proof: Callable[[OpenedModel], object] | None = None
+        self.trees = self._proven = 0
         self._shadow: nn.Module | None = None
         self._shadow_token: tuple[Any, ...] | None = None
         _require_readable(module, name)
@@ -218,15 +219,46 @@ class OpenedModel:
 
     @property
     def shadow(self) -> nn.Module:
-        """The module that forwards run on; rebuilt when the user's module tree changed."""
+        """The module that forwards run on; rebuilt when the user's module tree, its hooks or settings changed."""
         with self.lock:
             token = self.weights.structure()
             if self._shadow is None or token != self._shadow_token:
                 shared: dict[int, Any] = {id(t): t for t in self.weights.tensors()}
+                self.cache.pop("traced", None)
                 self._shadow = _copied(self.module, shared, self.name, self.weights.tensors())
                 self._shadow_token = token
-                self.cache.pop("traced", None)
+                self.trees += 1
             return self._shadow
+
+    def prove(self) -> None:
+        """Prove the ledger on the modules, hooks and settings that there are now, unless that is done.
+
+        Raises:
+            ClosureError: it does not hold any more. UnsupportedModelError: layers or tokens came or went.
+        """
+        proven, self._proven = self._proven, self.trees
+        if self.proof is None or proven == self.trees:
+            return
+        try:
+            self._require_sizes()
+            self.proof(self)
+        except BaseException as error:
+            self._proven = proven
+            if not isinstance(error, ClosureError):
+                raise
+            why = f"{self.name} closed when it was loaded; modules, hooks or settings of it changed since: {error}"
+            raise ClosureError(why) from error
+
+    def _require_sizes(self) -> None:
+        then, now = (
+            (self.anatomy.n_layers, self.vocab_size),
+            (len(list(self.part(None, "blocks").children())), len(self.unembedding)),
+        )
+        if now != then:
+            raise UnsupportedModelError(
+                f"{self.name} had {then[0]} layers and {then[1]} tokens when it was loaded, now {now[0]} and {now[1]}: "
+                "load it again."
+            )
 
     def detached_copy(self) -> nn.Module:
         """A shadow of its own for backward passes: its parameters are detached views of the user's, so nothing is
@@ -246,11 +278,13 @@ class OpenedModel:
     def fingerprint(self) -> str:
         """Hash of every parameter and buffer, taken now (24 ms for 540 MB)."""
         with self.lock:
+            require_present(self.module, self.name)
             return self.weights.fingerprint()
 
     def known_fingerprint(self) -> str:
         """The last full fingerprint while a quick look sees no change, else a new one."""
         with self.lock:
+            require_present(self.module, self.name)
             return self.weights.known_fingerprint()
 
 
@@ -272,25 +306,23 @@ def open_model(
         UnsupportedModelError: the architecture is refused.
         ArgumentError: an argument has the wrong type.
     """
-    wanted, place = _dtype(dtype), None if device is None else one_device(device)
+    wanted, place = one_dtype(dtype), None if device is None else one_device(device)
     spread = spread_over(device_map, max_memory, device)
-    if not isinstance(trust_remote_code, bool):
-        raise ArgumentError(message("trust_remote_code", "True or False", trust_remote_code))
+    flag("trust_remote_code", trust_remote_code)
     if tokenizer is not None and not all(callable(getattr(tokenizer, verb, None)) for verb in ("encode", "decode")):
         raise ArgumentError(message("tokenizer", "a tokenizer object (with encode and decode)", tokenizer))
     if layout is not None and not isinstance(layout, Layout):
         raise ArgumentError(message("anatomy", "a resid_surgery.Layout", layout))
     if isinstance(source, nn.Module):
-        return _from_module(source, tokenizer, wanted, device, layout, device_map)
-    if not isinstance(source, (str, Path)) or not str(source).strip() or source == Path():
-        raise ArgumentError(
-            message("model", "an alias, hub id, folder, .gguf file, Hugging Face model or nnsight model", source)
-        )
+        return _from_module(unwrapped(source), tokenizer, wanted, device, layout, device_map)
+    must = "an alias, hub id, folder, .gguf file, Hugging Face model or nnsight model"
+    if as_path("model", source, must, home=True) == Path():
+        raise ArgumentError(message("model", must, source))
     if spread:
         need_accelerate()
-    module, own_tokenizer, name, note = read_checkpoint(source, wanted, trust_remote_code, spread)
-    if place is not None:
-        module = module.to(place)
+    with torch.inference_mode(False):  # else its parameters could never be differentiated through
+        module, own_tokenizer, name, note = read_checkpoint(source, wanted, trust_remote_code, spread)
+        module = module if place is None else module.to(place)
     return OpenedModel(module.eval(), tokenizer if tokenizer is not None else own_tokenizer, name, note, layout)
 
 
@@ -317,6 +349,7 @@ def _from_module(
 def _require_readable(module: nn.Module, name: str) -> None:
     """Refuse, before any forward, what is no decoder of plain numbers that can be read where it lies."""
     require_present(module, name)
+    require_uncompiled(module, name)
     require_whole_blocks(module, name)
     for path, tensor in (*module.named_parameters(), *((p, b) for p, b in module.named_buffers() if "qweight" in p)):
         require_plain(tensor, f"{path} of {name}")
@@ -354,11 +387,3 @@ def _settle_experts(shadow: nn.Module, tensors: list[Tensor]) -> None:
         config = getattr(one, "config", None)
         if getattr(config, "_experts_implementation", None) is not None:
             config._experts_implementation = "eager"  # type: ignore[union-attr]
-
-
-def _dtype(given: Any) -> torch.dtype | None:
-    if given is None or isinstance(given, torch.dtype):
-        if given is not None and given not in _DTYPES.values():
-            raise ArgumentError(message("dtype", "one of " + ", ".join(_DTYPES), given))
-        return given
-    return _DTYPES[choice("dtype", given, tuple(_DTYPES))]

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from resid_surgery.errors import UnsupportedModelError
+from resid_surgery.errors import UnsupportedModelError, out_of_memory
 
 
 @final
@@ -101,9 +101,9 @@ def measure_norm(module: nn.Module, d: int, name: str) -> NormForm:
         try:
             with torch.no_grad():
                 measured = [module(x[None])[0].double() for x in (probe, small)]
-        except torch.OutOfMemoryError:
-            raise
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            if out_of_memory(error):
+                raise
             raise UnsupportedModelError(f"{type(module).__name__} of {name} is no norm: {error}.") from error
         tolerance = 8 * max(torch.finfo(like.dtype).eps, 1.2e-7)
         for form in _forms(module):
@@ -162,11 +162,19 @@ def linear_map(module: nn.Module, path: str) -> LinearMap:
         assert isinstance(weight, Tensor)
         assert isinstance(bias, Tensor)
         return LinearMap(weight.detach(), bias.detach())
-    raise UnsupportedModelError(f"{path} is a {kind}; only Linear and Conv1D projections can be read as plain rows.")
+    raise UnsupportedModelError(
+        f"{path} is a {kind} ({type(module).__module__}); only torch's Linear and transformers' Conv1D projections can "
+        "be read as plain rows."
+    )
 
 
 def require_plain(weight: Tensor, where: str) -> None:
     """Refuse weights that are not plain floating-point tensors."""
+    if weight.is_inference():
+        raise UnsupportedModelError(
+            f"{where} was made under torch.inference_mode, so no gradient can pass it and no write to it is counted. "
+            "Make the model outside of it, or take copy.deepcopy(model) there."
+        )
     if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point():
         raise UnsupportedModelError(
             f"{where} is stored as {weight.dtype} ({type(weight).__name__}), not as plain floating-point numbers. "

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, final
 
-import torch
 from torch import Tensor
 
-from resid_surgery.errors import ResidSurgeryError, UnsupportedModelError
+from resid_surgery.errors import ResidSurgeryError, UnsupportedModelError, out_of_memory
 from resid_surgery.models.envoys import Values, Write, place_of, read_at, written
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.remoting import glimpse, plain, rebuilt, require_same
@@ -157,7 +156,7 @@ def refused(what: str, why: str, kind: type[ResidSurgeryError] = UnsupportedMode
     try:
         yield
     except Exception as error:
-        if isinstance(error, (ResidSurgeryError, MemoryError, torch.OutOfMemoryError)):
+        if isinstance(error, ResidSurgeryError) or out_of_memory(error):
             raise
         raise kind(f"{what} ({type(error).__name__}: {last_line(error)}){why}") from error
 

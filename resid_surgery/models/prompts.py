@@ -4,11 +4,11 @@ A `Prompt` is plain data and knows no model. `bind` turns it into token ids, one
 competitors' ids and one predicting position, or says exactly why it cannot.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, final
 
-from resid_surgery._check import index_of, message, whole
+from resid_surgery._check import index_of, iterable, message, whole
 from resid_surgery._html import face_html
 from resid_surgery.errors import PromptError
 
@@ -61,7 +61,7 @@ class Prompt:
             raise PromptError(message("text", "a non-empty string", self.text))
         if self.target is None:
             raise PromptError("`target` must be one token (a string or an id); none was given. Pass target=' Paris'.")
-        if isinstance(self.versus, (str, int)) or not isinstance(self.versus, Iterable):
+        if not iterable(self.versus) or isinstance(self.versus, Mapping):
             raise PromptError(message("versus", "a sequence of tokens", self.versus, do="Wrap it in a list."))
         object.__setattr__(self, "versus", tuple(self.versus))
         if self.ids is not None:
@@ -134,12 +134,18 @@ class BoundPrompt:
             if given == "all":
                 return tuple(range(len(self.ids)))
             return (position_of(given, self.tokens),)
-        if index_of(given) is None and isinstance(given, Iterable):
-            out = tuple(dict.fromkeys(p for one in given for p in self.positions(one)))
+        if index_of(given) is None and iterable(given):
+            out = tuple(dict.fromkeys(p for one in given for p in self._position(one)))
             if not out:
                 raise PromptError(message("positions", "at least one position", given))
             return out
         return (_position(given, self.tokens, "positions"),)
+
+    def _position(self, given: Any) -> tuple[int, ...]:
+        """Those of one member of a sequence, which is no sequence itself."""
+        if iterable(given):
+            raise PromptError(message("positions", "indices or tokens' texts", given))
+        return self.positions(given)
 
 
 def bind(prompt: Prompt, tokenizer: Any, model: Vocabulary) -> BoundPrompt:
@@ -275,7 +281,7 @@ def _in_vocabulary(ids: list[int], model: Vocabulary) -> list[int]:
 
 
 def _as_ids(given: Any) -> tuple[int, ...]:
-    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+    if not iterable(given):
         raise PromptError(message("ids", "a sequence of token ids", given))
     ids = tuple(whole("ids", i, 0, error=PromptError) for i in given)
     if not ids:

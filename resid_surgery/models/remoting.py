@@ -26,6 +26,9 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from resid_surgery._check import message
 from resid_surgery.errors import ArgumentError, ResidSurgeryError, RunError, UnsupportedModelError
@@ -54,7 +57,7 @@ def place_of_run(remote: Where) -> bool | str | None:
     """
     if remote is None or remote is False:
         return None
-    if remote is True or remote == LOCAL or (isinstance(remote, str) and ADDRESS.fullmatch(remote)):
+    if remote is True or (isinstance(remote, str) and (remote == LOCAL or ADDRESS.fullmatch(remote))):
         return remote
     raise ArgumentError(
         message(
@@ -167,6 +170,11 @@ def _unnamed(model: OpenedModel) -> str:
 def hub_name(model: OpenedModel) -> str | None:
     """The hub id that a model's configuration says it came from."""
     return getattr(getattr(model.module, "config", None), "_name_or_path", None) or None
+
+
+def no_tokenizer() -> Any:
+    """A tokenizer that nothing is asked of: prompts travel as ids."""
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"": 0}, unk_token="")))
 
 
 class Shipped:

@@ -38,11 +38,12 @@ class EditedModel(OpenedModel):
         return super().shadow
 
     def close(self) -> None:
-        """Let go of the replaced tensors; every later forward is refused."""
-        self._closed = True
-        self.cache.clear()
-        self.module = _Closed(self.name)
-        self._shadow = None
+        """Let go of the replaced tensors, once a forward of another thread is over; every later one is refused."""
+        with self.lock:
+            self._closed = True
+            self.cache.clear()
+            self.module = _Closed(self.name)
+            self._shadow = None
 
     def __repr__(self) -> str:
         return f"EditedModel({self.name}, closed)" if self.__dict__.get("_closed", False) else super().__repr__()
@@ -88,18 +89,25 @@ def with_tensors(base: OpenedModel, tensors: Mapping[str, Tensor], name: str) ->
     with base.lock:
         shared = {id(t): t for t in base.weights.tensors()}
         module = copy.deepcopy(base.module, memo=dict(shared))
-    fresh: dict[int, nn.Parameter | Tensor] = {}
+    fresh: dict[int, nn.Parameter] = {}
     for path, new in tensors.items():
         owner, _, leaf = path.rpartition(".")
         place = module.get_submodule(owner) if owner else module
-        if leaf in place._parameters:
-            put = fresh.setdefault(id(new), nn.Parameter(new.detach().to(held[path].device), requires_grad=False))
-            place._parameters[leaf] = put  # type: ignore[assignment]
-        else:
-            place._buffers[leaf] = new.detach().to(held[path].device)
+        if leaf not in place._parameters:
+            place._buffers[leaf] = _plain(new, held[path].device)
+            continue
+        if id(new) not in fresh:
+            fresh[id(new)] = nn.Parameter(_plain(new, held[path].device), requires_grad=False)
+        place._parameters[leaf] = fresh[id(new)]
     model = EditedModel(module, base.tokenizer, name, base.note, anatomy=base.anatomy)
     model.base, model.replaced = base, tuple(tensors)
     return model
+
+
+def _plain(new: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device that gradients may pass, also where it was made under torch.inference_mode."""
+    with torch.inference_mode(False):
+        return (new.clone() if new.is_inference() else new.detach()).to(device)
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

@@ -5,16 +5,15 @@ which the model reaches them, and runs one nnsight trace over the model's shadow
 detached and cloned. A write is a function of the value found there and of the values read so far.
 """
 
+import sys
 import threading
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, final
 
 import nnsight
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from nnsight.tracing import tracer as nnsight_tracer
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from resid_surgery.errors import ArgumentError, RunError, UnsupportedModelError
 from resid_surgery.models.attention import AttentionCall, attention_call
@@ -22,10 +21,31 @@ from resid_surgery.models.envoys import Values, Write, envoy_at, place_of
 from resid_surgery.models.freezing import FrozenNorm, freeze_norms
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.passes import Notes, Pass, explained, keeps_logits, refused
-from resid_surgery.models.remoting import asked, hub_name, refuse_remote, shipping
+from resid_surgery.models.remoting import asked, hub_name, no_tokenizer, refuse_remote, shipping
 from resid_surgery.models.taps import Tap
 
 _trace_lock = threading.RLock()
+
+
+@final
+class Restored:
+    """What a trace changes for its thread, as it was: grad mode, trace function, nnsight's depth of traces.
+
+    torch and nnsight put these back themselves, in Python, where Ctrl-C can come between. It comes but once.
+    """
+
+    def __enter__(self) -> None:
+        depth = getattr(nnsight_tracer._local, "depth", 0)
+        self._before = torch.is_grad_enabled(), sys.gettrace(), depth
+
+    def __exit__(self, *_: object) -> None:
+        grad, function, depth = self._before
+        torch.set_grad_enabled(grad)
+        if sys.gettrace() is not function:
+            sys.settrace(function)
+        nnsight_tracer._local.depth = depth
+        if not depth:
+            nnsight_tracer._saves().clear()
 
 
 def unwrap(source: Any) -> tuple[Any, Any]:
@@ -81,7 +101,7 @@ def forward(
     job = Pass.of(model, reads, writes or {}, rows=int(ids.shape[0]), kept=kept, everywhere=frozenset(everywhere),
                   ends=None if sliced else tail, resume=resume, notes=notes,
                   cache=kwargs.get("past_key_values"))  # fmt: skip
-    with model.lock, _trace_lock, torch.no_grad():
+    with model.lock, _trace_lock, Restored(), torch.no_grad():
         place = asked()
         if place is not None:
             return _away(model, job, ids, kwargs, place)
@@ -120,16 +140,11 @@ def _remotable(model: OpenedModel) -> Any:
         nnsight.register("resid_surgery")
         tree = model.detached_copy()
         placed = {} if hasattr(tree, "hf_device_map") else {"device": model.device}
-        traced = nnsight.TransformersModel(tree, tokenizer=_no_tokenizer(), task="text-generation", **placed)
+        traced = nnsight.TransformersModel(tree, tokenizer=no_tokenizer(), task="text-generation", **placed)
         traced.repo_id = hub_name(model)
         kept = key, traced
         model.cache["remotable"] = kept
     return kept[1]
-
-
-def _no_tokenizer() -> Any:
-    """A tokenizer that nothing is asked of: prompts travel as ids."""
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"": 0}, unk_token="")))
 
 
 def gradients(model: OpenedModel, ids: Tensor, taps: Sequence[Tap], *, at: int, token: int) -> dict[Tap, Tensor]:
@@ -150,24 +165,22 @@ def gradients(model: OpenedModel, ids: Tensor, taps: Sequence[Tap], *, at: int, 
     """
     refuse_remote(model, "a backward pass", "it runs on tensors of this process; choose scores without gradients")
     plan = sorted(set(taps), key=lambda tap: tap.when(model))
-    with model.lock, _trace_lock, torch.inference_mode(False), torch.enable_grad():
+    with model.lock, _trace_lock, Restored(), torch.inference_mode(False), torch.enable_grad():
         traced, ids = _differentiable(model), ids.clone()
         places = [place_of(traced, model, tap) for tap in plan]
         start = place_of(traced, model, Tap("block_in", 0))[0]
         why = ": a part of it cannot be differentiated. Use another score."
-        with refused(f"the backward pass of {model.name} failed", why), traced.trace(input_ids=ids, use_cache=False):
-            start.input = start.input.detach().requires_grad_().clone()
-            held: list[Any] = []
-            for place, field in places:
-                value = getattr(place, field)
-                held.append(value[0] if isinstance(value, tuple) else value)
-            log_p = torch.log_softmax(traced.output.logits[0, at].to(model.work_dtype), -1)[token]
-            found: dict[Any, Any] = {}
-            with log_p.backward():  # type: ignore[no-untyped-call]
-                for tap, value in zip(reversed(plan), reversed(held), strict=True):
-                    found[tap] = value.grad.detach().clone()
-            nnsight.save(found)
-    return {tap: grad.reshape(ids.shape[1], -1) for tap, grad in found.items()}
+        with refused(f"the backward pass of {model.name} failed", why):
+            with traced.trace(input_ids=ids, use_cache=False):
+                start.input = start.input.detach().requires_grad_().clone()
+                held: list[Any] = []
+                for place, field in places:
+                    value = getattr(place, field)
+                    held.append(value[0] if isinstance(value, tuple) else value)
+                log_p = torch.log_softmax(traced.output.logits[0, at].to(model.work_dtype), -1)[token]
+                found = nnsight.save([log_p, *held])
+            grads = torch.autograd.grad(found[0], found[1:])  # nnsight's own would change `grad` for every thread
+    return {tap: grad.reshape(ids.shape[1], -1) for tap, grad in zip(plan, grads, strict=True)}
 
 
 def _differentiable(model: OpenedModel) -> Any:
@@ -198,7 +211,7 @@ def pushed(
     """
     refuse_remote(model, "a forward that is differentiated", "its graph stays in this process")
     kwargs = {"logits_to_keep": torch.tensor(keep, device=ids.device)} if keeps_logits(model) else {}
-    with model.lock, _trace_lock, torch.inference_mode(False), torch.enable_grad():
+    with model.lock, _trace_lock, Restored(), torch.inference_mode(False), torch.enable_grad():
         traced, ids, start = _differentiable(model), ids.clone(), None if stream is None else stream.clone()
         skipped = range(0 if start is None or not _skippable(model) else layer)
         below = [place_of(traced, model, Tap("block_out", i))[0] for i in skipped]
@@ -231,7 +244,7 @@ def projected(
     Raises:
         UnsupportedModelError: its attention cannot be traced alone.
     """
-    with model.lock, _trace_lock, torch.inference_mode(False), torch.set_grad_enabled(frozen):
+    with model.lock, _trace_lock, Restored(), torch.inference_mode(False), torch.set_grad_enabled(frozen):
         traced, norms = _affine(model) if frozen else (_traced(model), {})
         for norm in norms.get(layer, ()):
             norm.parts, norm.unit = len(x), unit
@@ -247,7 +260,7 @@ def attended(model: OpenedModel, layer: int, x: Tensor, ids: Tensor) -> Tensor:
     Args:
         model, layer, x, ids: as for `projected`.
     """
-    with model.lock, _trace_lock, torch.no_grad():
+    with model.lock, _trace_lock, Restored(), torch.no_grad():
         found = _attention_alone(_traced(model), model, Tap("attn_z", layer), x.to(model.dtype), ids)
         return found.detach().clone()  # type: ignore[no-any-return]
 
@@ -274,7 +287,7 @@ def _attention_alone(traced: Any, model: OpenedModel, tap: Tap, x: Tensor, ids: 
 def _skippable(model: OpenedModel) -> bool:
     """Whether a block's output is the stream and nothing else, so that another may stand in for it."""
     if "skippable" not in model.cache:
-        with model.lock, _trace_lock, torch.no_grad():
+        with model.lock, _trace_lock, Restored(), torch.no_grad():
             traced = _traced(model)
             block = place_of(traced, model, Tap("block_out", 0))[0]
             with traced.trace(input_ids=model.probe_ids(), use_cache=False) as tracer:
@@ -308,7 +321,7 @@ def routing(model: OpenedModel, layer: int, read: Tensor) -> tuple[Tensor, Tenso
     Args:
         model: the opened model. layer: a mixture of experts. read: (n, d_model) after the MLP's norm.
     """
-    with model.lock, _trace_lock, torch.no_grad():
+    with model.lock, _trace_lock, Restored(), torch.no_grad():
         traced, envoys = _mlp_alone(model, layer)
         with traced.trace(read[None].to(model.dtype)):
             called = nnsight.save(envoys["routed"].inputs)
@@ -330,7 +343,7 @@ def mixing(model: OpenedModel, layer: int, read: Tensor) -> tuple[list[float], l
     if row.mlp_with is not None:  # the outputs of two modules, added
         return [1.0] * n, [1.0] * n
     states = read.to(model.dtype).repeat(3, 1)
-    with model.lock, _trace_lock, torch.no_grad():
+    with model.lock, _trace_lock, Restored(), torch.no_grad():
         traced, envoys = _mlp_alone(model, layer)
         order = sorted(envoys, key=lambda name: (name == "shared") != row.shared_first)
         with traced.trace(states[None]):
@@ -372,9 +385,9 @@ def _mlp_alone(model: OpenedModel, layer: int) -> tuple[Any, dict[str, Any]]:
 
 def _traced(model: OpenedModel) -> Any:
     shadow = model.shadow
+    model.prove()
     if "traced" not in model.cache:
-        model.cache["traced"] = nnsight.NNsight(shadow)
-        model.cache["paths"], model.cache["mlps"] = {}, {}
+        model.cache |= {"traced": nnsight.NNsight(shadow), "paths": {}, "mlps": {}}
     return model.cache["traced"]
 
 

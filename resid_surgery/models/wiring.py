@@ -303,7 +303,7 @@ class _Block:
 
     def _own(self) -> list[tuple[float, Factor]]:
         """What a factor may be: 1, or a parameter or buffer of the block."""
-        return [(1.0, 1.0), *((float(t), name) for name, t in self._tensors().items() if t.numel() == 1)]
+        return [(1.0, 1.0), *((float(t.detach()), name) for name, t in self._tensors().items() if t.numel() == 1)]
 
     def _configured(self) -> list[tuple[float, Factor]]:
         """What else it may be: a number that the block or the config holds, or one over it."""

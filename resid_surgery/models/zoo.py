@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from resid_surgery._check import shown
 from resid_surgery.errors import ResidSurgeryError
 
 LAYERS = 4
@@ -270,8 +271,8 @@ def tiny(
     Raises:
         NotBuildableError: with the reason in one line.
     """
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise NotBuildableError(f"{model_type!r} is not a causal-LM type that this transformers registers")
+    if not isinstance(model_type, str) or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise NotBuildableError(f"{shown(model_type)} is not a causal-LM type that this transformers registers")
     try:
         with torch.random.fork_rng(devices=[]), quiet():
             torch.default_generator.manual_seed(seed)  # not the other devices', which are not forked

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from resid_surgery._check import choice, message, whole
+from resid_surgery._check import choice, iterable, message, whole
 from resid_surgery.errors import ArgumentError, ResidSurgeryError, UnsupportedModelError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import BoundPrompt, Prompt, bind
@@ -27,7 +27,7 @@ from resid_surgery.stream.recording import (
     need_model,
     record_bound,
     record_rows,
-    refuse_autocast,
+    refuse_surroundings,
 )
 
 MOST_ROWS = 16
@@ -80,7 +80,9 @@ def _in_order(
     waiting: dict[int, Recording] = {}
     for number in range(len(bound)):
         if number not in waiting:
-            window = range(number, number + batch) if batch else within_budget(model, bound, number, every)
+            window = (
+                range(number, min(number + batch, len(bound))) if batch else within_budget(model, bound, number, every)
+            )
             group = [i for i in window if i < len(bound) and alike(bound[i], bound[number])]
             with running(model, place):  # never around the yield: the caller's own traces are his
                 waiting.update(_recorded(model, bound, group, every))
@@ -90,7 +92,7 @@ def _in_order(
 def _recorded(model: OpenedModel, bound: Sequence[BoundPrompt], group: list[int], every: bool) -> dict[int, Recording]:
     """Recordings by number: of the group or, where one of it is refused, of the first alone, so that an error is
     raised when its own prompt is due and says which that is."""
-    refuse_autocast()
+    refuse_surroundings()
     if len(group) > 1:
         try:
             return dict(zip(group, record_group(model, [bound[i] for i in group], every=every), strict=True))
@@ -113,7 +115,7 @@ def record_group(model: OpenedModel, bound: Sequence[BoundPrompt], *, every: boo
     Raises:
         ArgumentError: there is none, or shapes differ. ClosureError: a recording is refused.
     """
-    refuse_autocast()
+    refuse_surroundings()
     if not bound or not all(alike(one, bound[0]) for one in bound):
         shapes = [(len(one.ids), one.position) for one in bound]
         raise ArgumentError(
@@ -188,7 +190,7 @@ def recording_bytes(model: OpenedModel, length: int, *, every: bool) -> float:
 
 def bound_prompts(model: OpenedModel, prompts: Any) -> list[BoundPrompt]:
     """Every prompt, bound; what is wrong with one is said with its number."""
-    if isinstance(prompts, (Prompt, str, bytes)) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, (Prompt, str, bytes)) or not iterable(prompts):
         raise ArgumentError(message("prompts", "a sequence of prompts", prompts))
     bound = []
     for number, one in enumerate(prompts):

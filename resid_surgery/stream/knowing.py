@@ -36,7 +36,7 @@ def facts(kind: str, *, model: OpenedModel | None = None, top: int = 10) -> list
     Source: the six knowledge types of Yu & Ananiadou, arXiv 2312.12141; prompts self-written.
     """
     found = load_facts(kind)
-    whole("top", top, 1)
+    top = whole("top", top, 1)
     if model is None:
         return [_prompt(fact) for fact in found]
     need_model(model)

@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from resid_surgery.errors import ResidSurgeryError, UnsupportedModelError
+from resid_surgery.errors import ResidSurgeryError, UnsupportedModelError, out_of_memory
+from resid_surgery.models.devices import naming_adapters
 from resid_surgery.models.layout import Layout
 from resid_surgery.models.opening import OpenedModel, open_model
 from resid_surgery.models.settling import settle
 from resid_surgery.models.tracing import unwrap
 from resid_surgery.stream.closing import prove
+from resid_surgery.stream.recording import refuse_surroundings
 
 
 def load(
@@ -29,7 +29,8 @@ def load(
     Args:
         model: the alias ``"smollm2-135m"`` (embedded: SmolLM2-135M-Instruct, de-quantised from a
             4-bit GGUF), a hub id, a local folder, a ``.gguf`` file, a Hugging Face model object,
-            or an nnsight model. Objects are never changed.
+            or an nnsight model. Objects are never changed. What torch.compile or PEFT put around a model is left out:
+            `.module` is what stands inside, adapters on queries, keys and values included.
         tokenizer: for model objects; without one, prompts are given by ids.
         dtype: "float64", "float32", "bfloat16", "float16" or a torch dtype; the checkpoint's own
             by default. device: "cpu", "cuda", ... Both are for names and files only.
@@ -49,33 +50,39 @@ def load(
         LoadError: not found, damaged, pickle-only, or not a causal language model; parts of it are offloaded.
         UnsupportedModelError: an architecture whose stream is not a sum of addends.
         ClosureError: an identity fails; it, the layer and the error are named.
-        ArgumentError: an argument has the wrong type.
+        ArgumentError: an argument has the wrong type; torch.autocast is on, or torch's default device is not the CPU.
     """
+    refuse_surroundings()
     module, own_tokenizer = unwrap(model)
-    opened = open_model(
-        module,
-        tokenizer=tokenizer if tokenizer is not None else own_tokenizer,
-        dtype=dtype,
-        device=device,
-        device_map=device_map,
-        max_memory=max_memory,
-        trust_remote_code=trust_remote_code,
-        layout=anatomy,
-    )
-    try:
-        settle(opened)
-        prove(opened)
-    except (ResidSurgeryError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if anatomy is None:
-            raise
-        raise UnsupportedModelError(
-            f"{opened.name} does not fit the layout that was given ({type(error).__name__}: {error}). Compare it with "
-            "what the model's modules are called and with what they return."
-        ) from error
+    with naming_adapters(module):
+        opened = open_model(
+            module,
+            tokenizer=tokenizer if tokenizer is not None else own_tokenizer,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            max_memory=max_memory,
+            trust_remote_code=trust_remote_code,
+            layout=anatomy,
+        )
+        _prove(opened, given=anatomy is not None)
+    opened.proof = prove
     if isinstance(model, (str, Path)):
         opened.origin = {"model": model, "tokenizer": tokenizer, "dtype": dtype, "device_map": device_map,
                          "max_memory": max_memory, "trust_remote_code": trust_remote_code,
                          "anatomy": anatomy}  # fmt: skip
     return opened
+
+
+def _prove(opened: OpenedModel, *, given: bool) -> None:
+    """Settle heads and prove the ledger; `given`: by a layout of the caller's, which may be what is wrong."""
+    try:
+        settle(opened)
+        prove(opened)
+    except Exception as error:
+        if not given or isinstance(error, ResidSurgeryError) or out_of_memory(error):
+            raise
+        raise UnsupportedModelError(
+            f"{opened.name} does not fit the layout that was given ({type(error).__name__}: {error}). Compare it with "
+            "what the model's modules are called and with what they return."
+        ) from error

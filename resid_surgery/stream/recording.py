@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from resid_surgery._check import choice, message
+from resid_surgery._check import choice, message, whole
 from resid_surgery._html import face_html
 from resid_surgery.errors import ArgumentError, ClosureError, StaleRecordingError
 from resid_surgery.models.envoys import Values
@@ -46,12 +46,15 @@ class Label:
     Attributes:
         fingerprint: full hash of the weights, as last known when it was made.
         token: what the quick look saw then. verified: a full hash taken since agreed.
+        tree: which of the model's shadows ran (`OpenedModel.trees`); it has another when modules, hooks or settings
+            changed.
         together: the prompts of the forward that it was made in, a row each. row: which is its own.
     """
 
     fingerprint: str
     token: tuple[Any, ...] | None
     verified: bool = False
+    tree: int = 0
     together: tuple[BoundPrompt, ...] = ()
     row: int = 0
 
@@ -110,7 +113,7 @@ class Recording:
 
     def resid_mid(self, layer: int) -> Float[Tensor, " d_model"]:
         """What the MLP of `layer` reads: resid_pre + attn_out, or resid_pre in a parallel block."""
-        record = self.layers[layer]
+        record = self.layers[whole("layer", layer, -len(self.layers), len(self.layers) - 1)]
         pre = self.work(record.resid_pre)
         if self.model.block(layer).parallel:
             return pre
@@ -121,26 +124,34 @@ class Recording:
         return reach(self.model, layer, part, until)
 
     def require_fresh(self) -> None:
-        """Refuse to be used on weights other than those that it was made with.
+        """Refuse to be used on a model other than that which it was made with.
 
-        A full hash is compared. Where a write to single elements through ``.data`` before the
-        recording escaped the quick look, the forward is repeated and must agree bit for bit.
+        A full hash of the weights is compared. Where a write to single elements through ``.data`` before the
+        recording escaped the quick look, or modules, hooks or settings are others now (a hook that only looks on
+        changes nothing), the forward is repeated and must agree bit for bit.
 
         Raises:
-            StaleRecordingError: the model's weights changed since.
+            StaleRecordingError: the model's weights, modules, hooks or settings changed since.
+            ClosureError: with them, its stream is no ledger any more.
         """
-        now = self.model.fingerprint()
-        if now == self.fingerprint:
-            self.label.verified = True
-            return
-        if not self.label.verified and self.label.token == self.model.weights.quick_token() and self._reproduces():
-            # the change came before the recording, too small for the quick look to see it
-            self.label.fingerprint, self.label.verified = now, True
-            return
-        raise StaleRecordingError(
-            f"this recording of {self.model.name} was made with weights {self.fingerprint[:12]}, but the model now "
-            f"has {now[:12]}: its weights changed since. Record the prompt again."
-        )
+        model, label = self.model, self.label
+        with model.lock:
+            model.shadow  # noqa: B018  (made anew if need be)
+            now, tree = model.fingerprint(), model.trees
+        if now != label.fingerprint:
+            # perhaps the change came before the recording, too small for the quick look to see it
+            early = not label.verified and label.token == model.weights.quick_token() and self._reproduces()
+            if not early:
+                raise StaleRecordingError(
+                    f"this recording of {model.name} was made with weights {label.fingerprint[:12]}, but the model "
+                    f"now has {now[:12]}: its weights changed since. Record the prompt again."
+                )
+        elif tree != label.tree and not self._reproduces():
+            raise StaleRecordingError(
+                f"this recording of {model.name} is not what the model computes now: modules, hooks or settings of "
+                "it (an adapter that was switched, say) changed since. Record the prompt again."
+            )
+        label.fingerprint, label.tree, label.verified = now, tree, True
 
     def _reproduces(self) -> bool:
         """Whether the model, as it is now, computes this recording bit for bit: in a forward of the same rows, since
@@ -248,7 +259,7 @@ def record_rows(model: OpenedModel, bound: Sequence[BoundPrompt], *, every: bool
     values = forward(model, ids, record_taps(model), at=bound[0].position, everywhere=everywhere)
     together, recs = tuple(bound), []
     for row, one in enumerate(bound):
-        label = Label(fingerprint, token, together=together, row=row)
+        label = Label(fingerprint, token, tree=model.trees, together=together, row=row)
         recs.append(from_values(model, one, values, label, every=every, row=row))
         require_closed(recs[-1])
     return recs
@@ -347,20 +358,27 @@ def _every(model: OpenedModel, values: Values, name: TapName, layer: int) -> Ten
     return found[0] if name == "block_in" else scaled(model, layer, name.removesuffix("_add"), found[0])
 
 
-def refuse_autocast() -> None:
-    """Refuse to compute where torch.autocast would round every product behind our back.
+def refuse_surroundings() -> None:
+    """Refuse to compute where torch.autocast would round every product behind our back, or where new tensors would
+    lie on a device that nobody named.
 
     Raises:
-        ArgumentError: it is on.
+        ArgumentError: torch.autocast is on, or the default device is not the CPU.
     """
     on = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     if on:
         raise ArgumentError(f"torch.autocast is on for {on[0]}: sums would not close. Leave it, or load with dtype=.")
+    place = torch.get_default_device()
+    if place.type != "cpu":
+        raise ArgumentError(
+            f"torch's default device is {place}: tensors of this library would be made there. Set it back with "
+            "torch.set_default_device(None); a model may lie anywhere (load with device=)."
+        )
 
 
 def need_model(model: Any) -> None:
     """Refuse anything but an opened model, with the way to get one."""
-    refuse_autocast()
+    refuse_surroundings()
     if not isinstance(model, OpenedModel):
         raise ArgumentError(message("model", "a model from resid_surgery.load", model, do="Call rs.load(...) first."))
 
@@ -368,7 +386,7 @@ def need_model(model: Any) -> None:
 def need_recording(rec: Any) -> None:
     """Refuse anything but a fresh recording."""
     be_recording(rec)
-    refuse_autocast()
+    refuse_surroundings()
     rec.require_fresh()
 
 

@@ -85,7 +85,7 @@ def lens(rec: Recording, *, top: int = 5) -> pd.DataFrame:
     Source: nostalgebraist 2020 (logit lens); compare bs-values in `decompose`.
     """
     need_recording(rec)
-    whole("top", top, 1, rec.model.vocab_size, model=rec.model.name)
+    top = whole("top", top, 1, rec.model.vocab_size, model=rec.model.name)
     names, states = stream_states(rec)
     readout, rows = Readout.of(rec), []
     log_ps = readout.lens(torch.stack(states))
@@ -169,7 +169,7 @@ def predictions(rec: Recording, *, top: int = 10) -> pd.DataFrame:
         Columns: rank, token, token_id, role, logit (after a soft-cap), log_prob (nats), prob.
     """
     need_recording(rec)
-    whole("top", top, 1, rec.model.vocab_size, model=rec.model.name)
+    top = whole("top", top, 1, rec.model.vocab_size, model=rec.model.name)
     logits = rec.work(rec.logits)
     log_p = torch.log_softmax(logits, -1)
     wanted = {int(i): "top" for i in log_p.topk(top).indices} | {i: role for i, _, role in rec.prompt.roles()}
@@ -199,7 +199,7 @@ def spectrum(rec: Recording, site: Any, *, top: int = 10) -> pd.DataFrame:
     Source: Geva et al. 2022 (sub-updates promote concepts); Yu & Ananiadou, section 3.
     """
     need_recording(rec)
-    whole("top", top, 1, rec.model.vocab_size // 2, model=rec.model.name)
+    top = whole("top", top, 1, rec.model.vocab_size // 2, model=rec.model.name)
     sites = [resolve_in(rec, one) for one in expand(as_sites(site), rec.model.anatomy, rec.prompt.position)]
     bs = Readout.of(rec).bs(torch.stack([vector_of(rec, one) for one in sites]))
     frames = []

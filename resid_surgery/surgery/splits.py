@@ -141,6 +141,7 @@ class Split:
     @cached_property
     def _readout(self) -> Readout:
         """The readout frozen at the control row's final stream."""
+        self.rec.require_fresh()
         base = Readout.of(self.rec)
         return Readout(base.model, base.norm, base.norm.scale(self.before.final), base.constants)
 
@@ -163,7 +164,7 @@ class Split:
         }
         read["norm_scale"] = self._norm_scale()
         w = readout.rows(ids)
-        uniform = torch.full((1, self.rec.model.vocab_size), 1 / self.rec.model.vocab_size).to(direct)
+        uniform = direct.new_full((1, self.rec.model.vocab_size), 1 / self.rec.model.vocab_size)
         average = readout.mix(uniform)[0]
         return {k: w @ v for k, v in read.items()}, {k: float(average @ v) for k, v in read.items()}
 
