@@ -21,7 +21,7 @@ from resid_surgery.models.envoys import Values, Write
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import BoundPrompt, Prompt, bind, token_text
 from resid_surgery.models.taps import Tap
-from resid_surgery.models.tracing import forward
+from resid_surgery.models.tracing import Restored, forward
 from resid_surgery.sites import Constant, Head, HeadSource, Sublayer
 from resid_surgery.stream.recording import need_model
 from resid_surgery.surgery.batches import Rows
@@ -104,6 +104,7 @@ class Altered:
             InterventionError: an intervention cannot act; the handle was left.
         """
         ids, text = self._ids(prompt)
+        self._require_room(ids, options)
         shell = self._shell()
         if not hasattr(shell, "generate"):
             raise ArgumentError(f"{self.model.name} has no `generate`; use altered.forward.")
@@ -111,7 +112,7 @@ class Altered:
         options = {"do_sample": False, "attention_mask": torch.ones_like(ids)} | options
         if getattr(shell.generation_config, "pad_token_id", None) is None and "pad_token_id" not in options:
             options["pad_token_id"] = 0
-        with self.model.lock, torch.no_grad():
+        with self.model.lock, Restored(), torch.no_grad():
             out = shell.generate(ids, **options)
         sequences = out if isinstance(out, Tensor) else out.sequences
         new = sequences[:, ids.shape[1] :]
@@ -129,6 +130,15 @@ class Altered:
         return self._run(_Session(), ids, keywords)
 
     __call__ = forward
+
+    def _require_room(self, ids: Tensor, options: dict[str, Any]) -> None:
+        """Refuse to generate beyond the positions that the model has."""
+        most, new = self.model.context, options.get("max_new_tokens")
+        if most is not None and isinstance(new, int) and ids.shape[1] + new - 1 > most:
+            raise PromptError(
+                f"the prompt has {ids.shape[1]} tokens and max_new_tokens is {new}, but {self.model.name} reads at "
+                f"most {most}. Give fewer."
+            )
 
     def _require_plain_steps(self, shell: Any, options: dict[str, Any]) -> None:
         """Refuse ways of generating whose forwards are not the prompt and then one token each."""
@@ -285,7 +295,8 @@ class Altered:
             origin[id(moved)] = one
         if not placed:
             return ()
-        if (now := self.model.known_fingerprint()) != self._fingerprint:
+        now = self.model.fingerprint() if self._known else self.model.known_fingerprint()
+        if now != self._fingerprint:
             self._known.clear()  # values of donors are of other weights
             self._fingerprint = now
         resolver = Resolver(Scene(self.model, prompt))

@@ -1,6 +1,6 @@
 """Arguments of operations: positions, alignments, donors and numbers, as plain values or an error."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,9 +45,9 @@ def numbers(name: str, given: Any, *, low: int = 1, high: int = 1) -> Tensor:
     """Finite numbers as a float64 tensor of its own, with `low` to `high` axes."""
     try:
         tensor = torch.as_tensor(given)
-        if tensor.is_complex():
-            raise ValueError("complex")
-        tensor = tensor.detach().to("cpu", torch.float64, copy=True)
+        if tensor.is_complex() or tensor.dtype == torch.bool:
+            raise ValueError("no numbers")
+        tensor = tensor.detach().to_dense().to("cpu", torch.float64, copy=True)
     except (TypeError, ValueError, RuntimeError):
         raise ArgumentError(_check.message(name, "finite numbers", given)) from None
     if not low <= tensor.ndim <= high or not bool(torch.isfinite(tensor).all()) or not tensor.numel():
@@ -63,13 +63,14 @@ def plain_positions(given: Any) -> str | int | tuple[str | int, ...]:
     number = _check.index_of(given)
     if number is not None:
         return number
-    if isinstance(given, Iterable) and not isinstance(given, (bytes, dict)):
-        members = [one.item() if isinstance(one, torch.Tensor) and one.ndim == 0 else one for one in given]
-        plain = [plain_positions(one) for one in members]
+    if _check.iterable(given) and not isinstance(given, (bytes, dict)):
+        given = list(given)
+        plain = tuple(one if isinstance(one, str) else _check.index_of(one) for one in given)
         if not plain:
             raise PromptError(_check.message("positions", "at least one position", given))
-        if not any(isinstance(one, tuple) for one in plain):
-            return tuple(one for one in plain if not isinstance(one, tuple))
+        if None not in plain:
+            return tuple(one for one in plain if one is not None)
+        given = next(one for one, found in zip(given, plain, strict=True) if found is None)
     raise ArgumentError(_check.message("positions", "'target', 'all', an index, indices or a token's text", given))
 
 

@@ -3,14 +3,14 @@
 The change of a logit is split into direct, post_norm, norm_scale and indirect (see `splits`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, final
 
 import pandas as pd
 
-from resid_surgery._check import message, whole
+from resid_surgery._check import index_of, iterable, message, whole
 from resid_surgery._html import face_html
 from resid_surgery.errors import ArgumentError, InterventionError
 from resid_surgery.models.prompts import token_text
@@ -106,9 +106,9 @@ class Effect:
         measured = {split.after.position: split for split in reversed(self.splits)}
         if position is None:
             return self.splits[0].ledger()
-        if position not in measured:
+        if index_of(position) not in measured:
             raise ArgumentError(message("position", f"one of {sorted(measured)}, which were measured", position))
-        return measured[position].ledger()
+        return measured[whole("position", position, 0)].ledger()
 
 
 def intervene(
@@ -156,9 +156,9 @@ def intervene_each(
     Raises:
         As `intervene`.
     """
-    whole("movers", movers, 0)
+    movers = whole("movers", movers, 0)
     be_recording(rec)
-    if isinstance(rows, (str, Intervention)) or not isinstance(rows, Iterable):
+    if isinstance(rows, (str, Intervention)) or not iterable(rows):
         raise InterventionError(message("rows", "a non-empty list of intervention lists", rows))
     given = [tuple(one) if _is_list(one) else (one,) for one in rows]
     if not given:
@@ -176,4 +176,4 @@ def intervene_each(
 
 
 def _is_list(one: Any) -> bool:
-    return isinstance(one, Iterable) and not isinstance(one, (str, bytes, Intervention))
+    return iterable(one) and not isinstance(one, (str, bytes, Intervention))

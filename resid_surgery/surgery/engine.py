@@ -126,7 +126,7 @@ class _Batch:
                 self._check_sum(index, one)
         return runs
 
-    def _run_of(self, row: int, i: int, values: Values, operated: set[tuple[int, str]]) -> Run:
+    def _run_of(self, row: int, i: int, values: Values, operated: Sequence[tuple[int, str]]) -> Run:
         work, n_layers, position = self.rec.work, self.model.anatomy.n_layers, self.at[i]
 
         def at(name: str, layer: int = -1) -> Tensor:
@@ -206,10 +206,10 @@ def device_of(model: OpenedModel) -> Any:
     return model.shadow.get_input_embeddings().weight.device  # type: ignore[operator]
 
 
-def touched(writing: Writing, cutting: Cutting) -> set[tuple[int, str]]:
-    """(layer, part) of the sublayers whose output is operated on before a post-norm."""
+def touched(writing: Writing, cutting: Cutting) -> list[tuple[int, str]]:
+    """(layer, part) of the sublayers whose output is operated on before a post-norm, in order."""
     found = {(tap.layer, part) for tap in writing.placed if (part := raw_part(tap))}
-    return found | {(reader.layer, reader.part) for reader in cutting.readers if reader.layer >= 0}
+    return sorted(found | {(reader.layer, reader.part) for reader in cutting.readers if reader.layer >= 0})
 
 
 def check_fired(writing: Writing, cutting: Cutting, values: Values, at: Sequence[int] | None) -> None:

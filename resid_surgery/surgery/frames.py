@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.taps import Tap
-from resid_surgery.models.tracing import forward
+from resid_surgery.models.tracing import Restored, forward
 from resid_surgery.stream.recording import Recording
 from resid_surgery.surgery.batches import Batch, Packed, Rows
 from resid_surgery.surgery.engine import device_of
@@ -125,12 +125,12 @@ def resumable(model: OpenedModel) -> bool:
     """Whether blocks give plain tensors, so that what comes out of one can be put in its place."""
     if "resumable" not in model.cache:
         outputs: list[bool] = []
-        module = model.shadow.get_submodule(model.path(0, "block"))
-        handle = module.register_forward_hook(lambda _, args, output: outputs.append(isinstance(output, Tensor)))
-        try:
-            with model.lock, torch.no_grad():
+        with model.lock, Restored(), torch.no_grad():
+            module = model.shadow.get_submodule(model.path(0, "block"))
+            handle = module.register_forward_hook(lambda _, args, output: outputs.append(isinstance(output, Tensor)))
+            try:
                 model.shadow(model.probe_ids()[:, :1], use_cache=False)
-        finally:
-            handle.remove()
+            finally:
+                handle.remove()
         model.cache["resumable"] = all(outputs)
     return bool(model.cache["resumable"])

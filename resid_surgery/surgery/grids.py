@@ -47,7 +47,11 @@ def grid(rec: Recording, operation: Callable[..., Any], sites: Any, *, positions
             _check.message("operation", "an operation's class, or a function of (site, positions)", operation)
         )
     prompt, a = rec.prompt, rec.model.anatomy
-    places = range(prompt.position + 1) if positions == "each" else prompt.positions(positions)
+    places = (
+        range(prompt.position + 1)
+        if isinstance(positions, str) and positions == "each"
+        else prompt.positions(positions)
+    )
     rows: Rows = []
     for one in expand(as_sites(sites), a, max(places)):
         if isinstance(one, At):

@@ -6,7 +6,6 @@ The order in a list does not matter: operations act in forward order, and at one
 coarser ones and ``Scale`` before ``Steer``. They compare and hash by value, and ``repr`` can be pasted back.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, final
 
@@ -290,7 +289,7 @@ class Mean(Intervention):
     align: Any = None
 
     def __init__(self, sites: Any, over: Any, *, align: Any = None, positions: Positions = "target") -> None:
-        if isinstance(over, (str, Prompt, Recording)) or not isinstance(over, Iterable):
+        if isinstance(over, (str, Prompt, Recording)) or not _check.iterable(over):
             raise ArgumentError(_check.message("over", "a sequence of recordings or prompts", over))
         donors = tuple(need_donor("over", one) for one in over)
         if not donors:
@@ -325,8 +324,7 @@ class Attend(Intervention):
     def __init__(
         self, sites: Any, weight: float, *, renormalise: bool = False, positions: Positions = "target"
     ) -> None:
-        if not isinstance(renormalise, bool):
-            raise ArgumentError(_check.message("renormalise", "True or False", renormalise))
+        _check.flag("renormalise", renormalise)
         _put(self, sites, positions, weight=_check.finite("weight", weight), renormalise=renormalise)
 
     def _accept(self, site: Site) -> None:
@@ -374,7 +372,7 @@ def as_interventions(given: Any) -> tuple[Intervention, ...]:
     """One intervention, or a list of them, as a non-empty tuple."""
     if isinstance(given, Intervention):
         return (given,)
-    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+    if not _check.iterable(given):
         raise InterventionError(_check.message("interventions", "a list of Zero, Scale, Patch, Cut, ...", given))
     found = tuple(given)
     for one in found:

@@ -36,7 +36,7 @@ def set_weights(alpha: Tensor, ops: Sequence[Operation], key: Any) -> Tensor:
     """
     new = alpha.clone()
     places = [key(op.site.source) for op in ops]  # type: ignore[attr-defined]
-    new[places] = torch.tensor([op.weight for op in ops]).to(alpha)
+    new[places] = alpha.new_tensor([op.weight for op in ops])
     if any(op.renormalise for op in ops):
         if not all(op.renormalise for op in ops):
             raise InterventionError(

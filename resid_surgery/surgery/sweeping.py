@@ -12,7 +12,7 @@
    vocabulary a chunk.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType
 from typing import Any
 
@@ -88,11 +88,12 @@ def sweep(
     Source: activation patching: Vig et al. 2020, Meng et al. 2022; log-prob change of zeroed neurons: Yu & Ananiadou,
         arXiv 2312.12141, section 5.
     """
+    _check.progress(progress)
     be_recording(rec)
     _check.choice("measure", measure, MEASURES)
     _check.choice("frame", frame, FRAMES)
     if chunk is not None:
-        _check.whole("chunk", chunk, 1)
+        chunk = _check.whole("chunk", chunk, 1)
     if where is not None and not callable(where):
         raise ArgumentError(_check.message("where", "None or a function of a row's coordinates", where))
     resolver = Resolver(Scene.of(rec))
@@ -243,7 +244,7 @@ def entries(given: Any) -> Iterator[tuple[dict[str, Any] | None, Any]]:
     """
     if isinstance(given, Mapping):
         given = [({"label": label}, ops) for label, ops in given.items()]
-    if isinstance(given, (str, bytes, Intervention)) or not isinstance(given, Iterable):
+    if isinstance(given, (str, bytes, Intervention)) or not _check.iterable(given):
         raise InterventionError(_check.message("interventions", "a list with one entry a row", given))
     for one in given:
         if isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], Mapping):
