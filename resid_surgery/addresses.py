@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
-from resid_surgery._check import choice, message, whole
+from resid_surgery._check import choice, iterable, message, whole
 from resid_surgery.errors import SiteError
 from resid_surgery.sites import (
     CONSTANTS,
@@ -121,7 +121,7 @@ class Slice(Site):
         names = [name for name in given if name != "layer" and name not in _WORDS]
         words = {name: value for name, value in given.items() if name in _WORDS}
         found: list[Site] = []
-        for layer in _members("layer", given["layer"], sizes.n_layers):
+        for layer in dict.fromkeys(_members("layer", given["layer"], sizes.n_layers)):
             probe = cls(layer=layer, **fixed, **words, **dict.fromkeys(names, 0))  # type: ignore[call-arg]
             try:
                 probe = probe.resolve(sizes)
@@ -131,7 +131,7 @@ class Slice(Site):
                 raise
             ends = {name: size for name, size, _ in probe._limits(sizes.sizes[layer % sizes.n_layers])}
             ends["source"] = position + 1
-            sets = [list(_members(name, given[name], ends[name])) for name in names]
+            sets = [list(dict.fromkeys(_members(name, given[name], ends[name]))) for name in names]
             found += [replace(probe, **dict(zip(names, one, strict=True))) for one in itertools.product(*sets)]
         if not found:
             raise SiteError(f"`{self}` names no site of {sizes.name}.")
@@ -140,7 +140,7 @@ class Slice(Site):
 
 def _members(name: str, text: str, size: int) -> Iterator[int]:
     """The numbers that a set names, `size` being how many there are (0: only the spelling is looked at)."""
-    for item in text.split(","):
+    for item in dict.fromkeys(text.split(",")):
         if item == "*":
             yield from range(size)
         elif re.fullmatch(r"-?[0-9]{0,9}:-?[0-9]{0,9}", item):
@@ -211,7 +211,7 @@ class Edge(Site):
                     "writer": "an addend of the stream: a sublayer, neuron, head, (head, source), bias, or embed",
                     "reader": "a neuron, head, (head, source) or sublayer, or unembed",
                 }[name]
-                raise SiteError(message(name, what, str(one)))
+                raise SiteError(message(name, what, str(one) if isinstance(one, Site) else one))
         choice("side", self.side, SIDES, error=SiteError)
         choice("norm", self.norm, EDGE_NORMS, error=SiteError)
         if self.side != "all" and not isinstance(self.reader, (Head, HeadSource)):
@@ -297,7 +297,7 @@ def as_sites(given: Any) -> tuple[Site, ...]:
     """One site, its text, or an iterable of either, as a non-empty tuple of sites."""
     if isinstance(given, (Site, str)):
         given = (given,)
-    if not isinstance(given, Iterable):
+    if not iterable(given):
         raise SiteError(message("sites", "a site, its text, or a sequence of them", given))
     sites = tuple(one if isinstance(one, Site) else parse_site(one) for one in given)
     if not sites:

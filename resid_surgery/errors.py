@@ -4,9 +4,23 @@ Children are also the builtin that a caller would expect to catch, so
 `except IndexError` around a site lookup works as well as `except SiteError`.
 """
 
+import re
+
+LONGEST, HEAD, TAIL = 480, 300, 160
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+
 
 class ResidSurgeryError(Exception):
-    """Base class of every error raised on purpose by this library."""
+    """Base class of every error raised on purpose by this library: one line, of fewer than 500 characters.
+
+    What a caller gave stands in messages (texts, paths, names) and may be of any length; the middle is then left out,
+    so that what must hold stays at the beginning and what to do at the end.
+    """
+
+    def __init__(self, said: object = "") -> None:
+        line = " ".join(str(said).split()).encode("utf-8", "backslashreplace").decode()
+        line = CONTROL.sub(lambda one: repr(one[0])[1:-1], line)
+        super().__init__(line if len(line) <= LONGEST else f"{line[:HEAD]} ... {line[-TAIL:]}")
 
 
 class ArgumentError(ResidSurgeryError, ValueError):
@@ -43,3 +57,13 @@ class InterventionError(ResidSurgeryError, ValueError):
 
 class RunError(ResidSurgeryError, RuntimeError):
     """A run cannot begin, go on or be resumed; what it has finished is kept."""
+
+
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "out of memory", "Cannot allocate memory")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, which says nothing about a model. On the CPU torch says so in a plain RuntimeError."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -51,6 +52,7 @@ class Bench:
     idle: int  # an expert of its layer 0 that is not
     hybrid: Any  # one writer a layer: a state space, experts, attention, an MLP
     vector: torch.Tensor
+    effect: Any
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,7 @@ def bench() -> Bench:
         idle=min({0, 1, 2, 3} - {group.expert for group in mixture.layers[0].groups}),
         hybrid=rs.record(rs.load(zoo.tiny("nemotron_h", dtype=torch.float64)), prompt()),
         vector=torch.ones(24),
+        effect=rs.intervene(rs.record(model, prompt()), rs.Zero("L0.mlp")),
     )
 
 
@@ -90,6 +93,14 @@ def forwards(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
+class Faceless:
+    """What cannot be shown."""
+
+    def __repr__(self) -> str:
+        raise KeyError("no face")
+
+
+TRIALS = pd.DataFrame({"arm": ["a", "b"], "prompt": [0, 0], "x": [1.0, 2.0]})
 Call = Callable[[Bench], object]
 TABLE: list[Any] = []
 
@@ -492,6 +503,540 @@ bad(
 )
 
 
+# arguments that many verbs share: seeds, bars, flags, paths, sequences, tensors without numbers
+bad("a bar of words", lambda b: rs.locate(b.rec, progress="no"), ArgumentError, "`progress` must be True or False; got")
+bad("scores with a bar of 1", lambda b: rs.scores(b.rec, progress=1), ArgumentError, "`progress` must be True or False")
+bad("sweep with a bar of 0", lambda b: rs.sweep(b.rec, [rs.Zero("L0.mlp")], progress=0), ArgumentError, "`progress`")
+bad("a layer that is a flag's tensor", lambda b: rs.scores(b.rec, layers=torch.tensor(True)), ArgumentError, "`layers`")
+bad(
+    "a layer on no device", lambda b: rs.scores(b.rec, layers=torch.empty((), device="meta")), ArgumentError, "`layers`"
+)
+bad("a factor beyond floats", lambda b: rs.Scale("L0.N0", 10**400), ArgumentError, "`factor` must be a finite number")
+bad(
+    "a factor on no device", lambda b: rs.Scale("L0.N0", torch.empty((), device="meta")), ArgumentError, "`factor` must"
+)
+bad(
+    "a factor that is complex",
+    lambda b: rs.Scale("L0.N0", torch.tensor(1j)),
+    ArgumentError,
+    "`factor` must be a finite",
+)
+bad("values that are flags", lambda b: rs.Set("L0.N0", [True]), ArgumentError, "`values` must be finite numbers|`value")
+bad("sites in a tensor", lambda b: rs.Zero(torch.tensor(1)), SiteError, "`sites` must be a site, its text, or a seq")
+bad(
+    "positions in a float's tensor",
+    lambda b: rs.Zero("L0.N0", positions=torch.tensor(0.5)),
+    ArgumentError,
+    "`positions`",
+)
+bad(
+    "positions on no device", lambda b: rs.Zero("L0.N0", positions=torch.empty(2, device="meta")), ArgumentError, "`pos"
+)
+bad("positions in lists", lambda b: rs.Zero("L0.N0", positions=[[0]]), ArgumentError, "`positions` must be 'target'")
+bad("a mean over a number", lambda b: rs.Mean("L0.N0", torch.tensor(1)), ArgumentError, "`over` must be a sequence of")
+bad(
+    "a value that cannot be shown", lambda b: rs.Scale("L0.N0", Faceless()), ArgumentError, "got a Faceless that cannot"
+)
+bad("a text of a megabyte", lambda b: rs.scores(b.rec, kind="a" * 10**6), ArgumentError, KINDS + r"'a{20,}\.{4}$")
+bad(
+    "a competitor of a megabyte",
+    lambda b: rs.scores(b.rec, versus=["a" * 10**6]),
+    PromptError,
+    "`versus` must|tokenizer",
+)
+bad(
+    "bytes for competitors",
+    lambda b: prompt(versus=b"ab"),
+    PromptError,
+    "`versus` must be a sequence of tokens; got b'ab'",
+)
+bad("a mapping of competitors", lambda b: prompt(versus={1: 2}), PromptError, "`versus` must be a sequence of tokens")
+bad(
+    "times in a number",
+    lambda b: rs.probability_curve(b.rec, ["L0.N0"], times=torch.tensor(1)),
+    ArgumentError,
+    "`times`",
+)
+bad(
+    "names that are no names",
+    lambda b: rs.add_bs_values([1], [[1]], tokens=5),
+    ArgumentError,
+    "`tokens` must be None, or",
+)
+bad(
+    "numbers in one number", lambda b: rs.add_bs_values(torch.tensor(1.0), [[1]]), ArgumentError, "`x` must be a row of"
+)
+bad("cumulated of a text", lambda b: rs.cumulated("rec", layer=0), ArgumentError, NO_RECORDING)
+bad(
+    "patterns of 10**30",
+    lambda b: rs.head_patterns(b.model, 10**30),
+    ArgumentError,
+    "`n` must be .* in 1..100000; got 1",
+)
+bad(
+    "patterns of a far seed",
+    lambda b: rs.head_patterns(b.model, 1, seed=2**63),
+    ArgumentError,
+    "`seed` must be a whole",
+)
+bad("the MLP's input of layer 3", lambda b: b.rec.resid_mid(3), ArgumentError, "`layer` must be .* in -3..2; got 3")
+bad(
+    "a tiny list", lambda b: rs.tiny(["llama"]), zoo.NotBuildableError, r"\['llama'\] is not a causal-LM type that this"
+)
+bad(
+    "run where a flag is a list",
+    lambda b: rs.record(b.model, prompt(), remote=np.array([1, 2])),
+    ArgumentError,
+    "`remote`",
+)
+bad(
+    "load on device 10**30",
+    lambda b: rs.load("./x", device=10**30),
+    ArgumentError,
+    "`device` must be a torch device such",
+)
+bad(
+    "load a name of 300 letters",
+    lambda b: rs.load("a" * 300),
+    ArgumentError,
+    r"`model` must be .*No file can have that name",
+)
+bad("load from nobody's home", lambda b: rs.load("~nobody-is-here/x"), ArgumentError, "No file can have that name")
+bad(
+    "steps of a text",
+    lambda b: rs.progress("doing", "3").__enter__(),
+    ArgumentError,
+    "`total` must be a whole number >= 0",
+)
+
+# surgery: files and sweeps
+bad(
+    "save to bytes",
+    lambda b: rs.save_interventions(b"a.json", rs.Zero("L0.N0")),
+    ArgumentError,
+    "`path` must be the path",
+)
+bad(
+    "save to a null",
+    lambda b: rs.save_interventions("\0.json", rs.Zero("L0.N0")),
+    ArgumentError,
+    "No file can have that",
+)
+bad(
+    "save to what is no text",
+    lambda b: rs.save_interventions("\ud800.json", rs.Zero("L0.N0")),
+    ArgumentError,
+    "No file can",
+)
+bad(
+    "load from a long name",
+    lambda b: rs.load_interventions("a" * 300 + ".json"),
+    ArgumentError,
+    "No file can have that",
+)
+bad(
+    "a grid at an array",
+    lambda b: rs.grid(b.rec, rs.Zero, "L0.H0", positions=np.array([])),
+    PromptError,
+    "at least one pos",
+)
+bad(
+    "a sweep in chunks of 0",
+    lambda b: rs.sweep(b.rec, [rs.Zero("L0.N0")], chunk=0),
+    ArgumentError,
+    "`chunk` must be a whole",
+)
+bad(
+    "a sweep that measures much",
+    lambda b: rs.sweep(b.rec, [rs.Zero("L0.N0")], measure="much"),
+    ArgumentError,
+    "`measure`",
+)
+bad("additivity of one", lambda b: rs.additivity(b.rec, [rs.Zero("L0.N0")]), InterventionError, "`interventions` must")
+bad("a ledger where nothing was measured", lambda b: b.effect.ledger([]), ArgumentError, "`position` must be one of")
+
+# evidence
+bad("families of 5", lambda b: rs.check_families(5), ArgumentError, "`types` must be causal-LM types .*; got 5")
+bad(
+    "families of none",
+    lambda b: rs.check_families([]),
+    ArgumentError,
+    r"`types` must be None, or at least one .* got \[\]",
+)
+bad(
+    "families, each told to a text",
+    lambda b: rs.check_families(["llama"], each="x"),
+    ArgumentError,
+    "`each` must be None",
+)
+bad(
+    "bootstrap by a number",
+    lambda b: rs.bootstrap(TRIALS, 5, "x"),
+    ArgumentError,
+    "`by` must be names of columns; got 5",
+)
+bad(
+    "bootstrap of a list",
+    lambda b: rs.bootstrap(TRIALS, "arm", ["x"]),
+    ArgumentError,
+    r"`value` must be a text; got \['x'\]",
+)
+bad(
+    "bootstrap against a list",
+    lambda b: rs.bootstrap(TRIALS, "arm", "x", against=["a"]),
+    ArgumentError,
+    "`against` must be",
+)
+bad(
+    "bootstrap of 10**30 draws",
+    lambda b: rs.bootstrap(TRIALS, "arm", "x", resamples=10**30),
+    ArgumentError,
+    "`resamples`",
+)
+bad(
+    "bootstrap of 99 draws",
+    lambda b: rs.bootstrap(TRIALS, "arm", "x", resamples=99),
+    ArgumentError,
+    "`resamples` must be",
+)
+bad(
+    "bootstrap with confidence 1",
+    lambda b: rs.bootstrap(TRIALS, "arm", "x", confidence=1),
+    ArgumentError,
+    "between 0 and 1",
+)
+bad(
+    "bootstrap of a column that is not",
+    lambda b: rs.bootstrap(TRIALS, "arm", "y"),
+    ArgumentError,
+    "columns of the table; got 'y'",
+)
+bad(
+    "bootstrap of a long name",
+    lambda b: rs.bootstrap(TRIALS, "arm", "y" * 10**6),
+    ArgumentError,
+    "columns of the table; got 'yyy",
+)
+bad(
+    "effects of the best half",
+    lambda b: rs.score_against_effect(b.rec, best=0.5),
+    ArgumentError,
+    "`best` must be a whole",
+)
+bad(
+    "effects of other tokens",
+    lambda b: rs.score_against_effect(b.rec, also=[97]),
+    ArgumentError,
+    "`also` must be .*0..96; got 97",
+)
+bad(
+    "draws without end",
+    lambda b: rs.ablation_test(b.model, [prompt()], draws=10**30),
+    ArgumentError,
+    "`draws` must be .*10000",
+)
+
+# editing
+bad(
+    "a rewrite without a subject",
+    lambda b: rs.Rewrite("The x is", "y", " z"),
+    PromptError,
+    "`subject` must be a part of the",
+)
+bad(
+    "a rewrite of a megabyte",
+    lambda b: rs.Rewrite("a" * 10**6, "b", " c"),
+    PromptError,
+    r"`subject` must be a part .*a\.\.\. *;|got",
+)
+bad(
+    "a rewrite to the same",
+    lambda b: rs.Rewrite("The x is", "x", " y", " y"),
+    PromptError,
+    "another answer than the old",
+)
+bad("a rewrite to nothing", lambda b: rs.Rewrite("The x is", "x"), PromptError, "`new` must be given")
+bad(
+    "a rewrite with a name of 5",
+    lambda b: rs.Rewrite("The x is", "x", " y", name=5),
+    PromptError,
+    "`name` must be a text; got 5",
+)
+bad("a probe of nothing", lambda b: rs.Probe("locality", " "), PromptError, "`text` must be a non-empty text; got ' '")
+bad(
+    "a probe on no axis",
+    lambda b: rs.Probe("localty", "x"),
+    PromptError,
+    r"`axis` must be one of .*Did you mean 'locality'\?",
+)
+bad("a choice of nothing", lambda b: rs.Probe("choice", "x", target=" y"), PromptError, "at least one wrong answer")
+bad(
+    "a choice of letters",
+    lambda b: rs.Probe("choice", "x", target=" y", wrong="ab"),
+    PromptError,
+    "`wrong` must be a sequence",
+)
+bad(
+    "a choice of numbers",
+    lambda b: rs.Probe("choice", "x", target=" y", wrong=[1]),
+    PromptError,
+    "`wrong` must be a sequence of t",
+)
+bad(
+    "others that are one",
+    lambda b: rs.Probe("text", "x", others=None),
+    PromptError,
+    "`others` must be a sequence of texts; got N",
+)
+bad(
+    "conditions in threes",
+    lambda b: rs.Probe("text", "x", conditions=[("a", "b", "c")]),
+    PromptError,
+    r"\(prompt, answer\) pairs",
+)
+bad(
+    "probes that are texts",
+    lambda b: rs.ProbeSet(("x",)),
+    PromptError,
+    "`probes` must be a sequence of rs.Probe; got 'x'",
+)
+bad("probes in None", lambda b: rs.ProbeSet(None), PromptError, "`probes` must be a sequence of rs.Probe; got None")
+bad("probes called 5", lambda b: rs.ProbeSet((), 5), PromptError, "`name` must be a text; got 5")
+bad(
+    "probes of other rewrites",
+    lambda b: rs.ProbeSet((), "x", ("y",)),
+    PromptError,
+    "`rewrites` must be a sequence of rs.Rewrite",
+)
+bad("probes of a fact of 5", lambda b: rs.ProbeSet(()).of(fact=5), ArgumentError, "`fact` must be a text; got 5")
+bad(
+    "probes of no kind",
+    lambda b: rs.probes(kinds=[]),
+    ArgumentError,
+    r"`kinds` must be None, or at least one type of facts",
+)
+bad(
+    "probes with seed True", lambda b: rs.probes(seed=True), ArgumentError, "`seed` must be a whole number .*; got True"
+)
+bad(
+    "save probes nowhere",
+    lambda b: rs.save_probes("/nowhere/x", []),
+    LoadError,
+    "the probes cannot be written to /nowhere/x",
+)
+bad(
+    "read probes of a null",
+    lambda b: rs.read_probes("a\0b"),
+    ArgumentError,
+    "`path` must be .* No file can have that name",
+)
+bad(
+    "a policy of a list",
+    lambda b: rs.Policy(single=[]),
+    ArgumentError,
+    r"`single` must be a mapping from gates to \(warn, fail\)",
+)
+bad("a policy but a list", lambda b: rs.Policy().but([1]), ArgumentError, "`changes` must be a mapping from gates to")
+bad(
+    "a policy's limits, perhaps of a stream",
+    lambda b: rs.Policy().limits("retention", stream=1),
+    ArgumentError,
+    "`stream` must",
+)
+bad(
+    "a policy limited on no gate",
+    lambda b: rs.Policy().limited("kl", stream=True),
+    ArgumentError,
+    "`gate` must be one of",
+)
+bad("an edit of None", lambda b: rs.Edit(None), ArgumentError, "`changes` must be a sequence of Change; got None")
+bad("an edit of texts", lambda b: rs.Edit(("x",)), ArgumentError, "`changes` must be a sequence of Change")
+bad("an edit by a method of 5", lambda b: rs.Edit((), method=5), ArgumentError, "`method` must be a text; got 5")
+bad("an edit about a list", lambda b: rs.Edit((), about=[]), ArgumentError, r"`about` must be a mapping; got \[\]")
+bad(
+    "an edit fitted by words",
+    lambda b: rs.Edit((), fitting="x"),
+    ArgumentError,
+    "`fitting` must be a DataFrame; got 'x'",
+)
+bad(
+    "an edit times NaN",
+    lambda b: rs.Edit(()).scaled(float("nan")),
+    ArgumentError,
+    "`factor` must be a finite number; got nan",
+)
+bad("an edit applied to a name", lambda b: rs.Edit(()).applied("x").__enter__(), ArgumentError, NO_MODEL)
+bad("an edit's tensors of a name", lambda b: rs.Edit(()).new_tensors("x"), ArgumentError, NO_MODEL)
+bad(
+    "an edit applied perhaps strictly",
+    lambda b: rs.Edit(()).new_tensors(b.model, strict=1),
+    ArgumentError,
+    "`strict` must be",
+)
+bad("an edit from no base", lambda b: rs.Edit.from_models("x", b.module), ArgumentError, NO_MODEL)
+bad("an edit from an adapter of no base", lambda b: rs.Edit.from_peft(None, "x"), ArgumentError, NO_MODEL)
+bad("an edit from a long name", lambda b: rs.Edit.load("a" * 300), ArgumentError, "No file can have that name")
+bad(
+    "an edit to a text file",
+    lambda b: rs.Edit(()).save("x.txt"),
+    ArgumentError,
+    "`path` must be the path of a .safetensors",
+)
+bad(
+    "read an edit of 5",
+    lambda b: rs.read_edit(b.model, 5),
+    ArgumentError,
+    "`source` must be a .safetensors file, a folder",
+)
+bad("coefficients at an array", lambda b: rs.edit_coefficients(b.model, "L0.N0", 0.0, positions=np.array([])),
+    ArgumentError,
+    "`positions` must be 'all' for an edit of weights")  # fmt: skip
+bad("coefficients for no facts", lambda b: rs.edit_coefficients(b.model, "L0.N0", 0.0, rewrites=None), ArgumentError,
+    "`rewrites` must be a sequence of Rewrite; got None")  # fmt: skip
+bad(
+    "coefficients, perhaps baked",
+    lambda b: rs.edit_coefficients(b.model, "L0.N0", 0.0, baked=1),
+    ArgumentError,
+    "`baked` must",
+)
+bad("coefficients times two of three", lambda b: rs.edit_coefficients(b.model, ["L0.N0", "L0.N1"], [1.0]),
+    ArgumentError,
+    "`factor` must be one number, or one for each of 2 sites")  # fmt: skip
+bad("validate a name", lambda b: rs.validate("x", rs.Edit(())), ArgumentError, NO_MODEL)
+bad(
+    "validate with seed True",
+    lambda b: rs.validate(b.model, rs.Edit(()), seed=True),
+    ArgumentError,
+    "`seed` must be a whole",
+)
+bad(
+    "validate with seed -1",
+    lambda b: rs.validate(b.model, rs.Edit(()), seed=-1),
+    ArgumentError,
+    "`seed` must be .*; got -1",
+)
+bad(
+    "validate, perhaps in general",
+    lambda b: rs.validate(b.model, rs.Edit(()), general="no"),
+    ArgumentError,
+    "`general` must be",
+)
+bad(
+    "validate within no budget",
+    lambda b: rs.validate(b.model, rs.Edit(()), budget="smok"),
+    ArgumentError,
+    "`budget` must be",
+)
+bad(
+    "exposure of a number",
+    lambda b: rs.exposure_against_kl(b.model, rs.Edit(()), None),
+    ArgumentError,
+    "`texts` must be a seq",
+)
+bad(
+    "exposure of half a token",
+    lambda b: rs.exposure_against_kl(b.model, rs.Edit(()), ["x"], tokens=0.5),
+    ArgumentError,
+    "`tokens`",
+)
+bad("compare texts", lambda b: rs.diff_reports("a", "b"), LoadError, "the report 'a' cannot be read")
+
+# experiments
+bad("a plan that does nothing", lambda b: rs.Plan(), ArgumentError, "`Plan` must locate or intervene; it does neither")
+bad("a plan of False", lambda b: rs.Plan(False), ArgumentError, "arm main.* must be a list of operations; got False")
+bad(
+    "a plan located in a list",
+    lambda b: rs.Plan({"kind": "Zero", "sites": "L0.N0"}, []),
+    ArgumentError,
+    "`locate` must be a map",
+)
+bad(
+    "a plan with axes of an array",
+    lambda b: rs.Plan(rs.Zero("L0.N0"), axes=np.array([])),
+    ArgumentError,
+    "`axes` must be a map",
+)
+bad(
+    "a plan known of 1",
+    lambda b: rs.Plan(rs.Zero("L0.N0"), known=1),
+    ArgumentError,
+    "`known` must be True or False; got 1",
+)
+bad(
+    "a plan with seed 2**63",
+    lambda b: rs.Plan(rs.Zero("L0.N0"), seed=2**63),
+    ArgumentError,
+    "`seed` must be a whole number in",
+)
+bad(
+    "a plan that measures much",
+    lambda b: rs.Plan(rs.Zero("L0.N0"), measure="much"),
+    ArgumentError,
+    "`measure` must be one of",
+)
+bad(
+    "a plan of a text", lambda b: rs.Plan.of("plan"), ArgumentError, "`plan` must be a resid_surgery.Plan, or a mapping"
+)
+bad(
+    "a plan to a text file",
+    lambda b: rs.Plan(rs.Zero("L0.N0")).save("plan.txt"),
+    ArgumentError,
+    "the path of a .json file",
+)
+bad(
+    "run in bytes",
+    lambda b: rs.run(b.model, [prompt()], rs.Plan(rs.Zero("L0.N0")), out=b"x"),
+    ArgumentError,
+    "`out` must be the p",
+)
+bad(
+    "run in a long name",
+    lambda b: rs.run(b.model, [prompt()], rs.Plan(rs.Zero("L0.N0")), out="a" * 300),
+    ArgumentError,
+    "No file can",
+)
+bad(
+    "open a run in a null",
+    lambda b: rs.open_run("a\0b"),
+    ArgumentError,
+    "`out` must be the path of a folder; .* No file can have",
+)
+bad(
+    "read cases of 5",
+    lambda b: rs.read_cases(5),
+    ArgumentError,
+    "`path` must be the path of a file of JSON lines; got 5",
+)
+bad("a case of a text", lambda b: rs.Case("x"), PromptError, "`prompt` must be")
+bad(
+    "a cluster at an array",
+    lambda b: rs.OnRay(address=np.array([1, 2])),
+    ArgumentError,
+    "`address` must be None, 'auto'",
+)
+bad("half a worker", lambda b: rs.OnRay(workers=0.5), ArgumentError, "`workers` must be a whole number >= 1; got 0.5")
+
+# views
+bad("a report of a number", lambda b: rs.write_report(5, "x.html"), ArgumentError, "`value` must be")
+bad(
+    "a report to a text file",
+    lambda b: rs.write_report(TRIALS, "x.txt"),
+    ArgumentError,
+    "`path` must be a file name that ends",
+)
+bad(
+    "a report, perhaps interactive",
+    lambda b: rs.write_report(TRIALS, "x.html", interactive=1),
+    ArgumentError,
+    "`interactive`",
+)
+bad("a figure of no table", lambda b: rs.plot_counts("x"), ArgumentError, "`table` must be a DataFrame; got 'str'")
+bad(
+    "a figure of other columns", lambda b: rs.plot_counts(TRIALS), ArgumentError, "`table` must be one with the columns"
+)
+bad("figure 4 of the paper", lambda b: rs.plot_paper(b.rec, 4), ArgumentError, "`figure` must be one of 3, 5, 6")
+
+
 @pytest.mark.parametrize(("call", "error", "said"), TABLE)
 def test_a_bad_call_gives_one_clear_error_before_any_forward_runs(
     bench: Bench, forwards: list[str], call: Call, error: type[ResidSurgeryError], said: str
@@ -506,7 +1051,7 @@ def test_a_bad_call_gives_one_clear_error_before_any_forward_runs(
 
 def test_the_table_is_long_and_says_each_thing_once() -> None:
     names = [row.id for row in TABLE]
-    assert len(names) >= 45
+    assert len(names) >= 330
     assert len(set(names)) == len(names)
 
 

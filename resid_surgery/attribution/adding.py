@@ -46,9 +46,11 @@ def add_bs_values(x: Any, added: Any, *, tokens: Sequence[str] | None = None) ->
     Source: Yu & Ananiadou, arXiv 2312.12141, section 3 (worked numbers).
     """
     before = _numbers("x", x)
+    if tokens is not None and (not _check.iterable(tokens) or any(map(_check.iterable, tokens))):
+        raise ArgumentError(_check.message("tokens", "None, or a sequence of names", tokens))
     names = [str(i + 1) for i in range(len(before))] if tokens is None else [str(one) for one in tokens]
     if len(names) != len(before):
-        raise ArgumentError(_check.message("tokens", f"{len(before)} names, one a number of `x`", list(names)))
+        raise ArgumentError(_check.message("tokens", f"{len(before)} names, one a number of `x`", names))
     frames = []
     for case, row in _cases(added).items():
         v = _numbers("added", row)
@@ -65,16 +67,18 @@ def add_bs_values(x: Any, added: Any, *, tokens: Sequence[str] | None = None) ->
 def _cases(added: Any) -> dict[str, Any]:
     if isinstance(added, Mapping):
         return {str(name): row for name, row in added.items()}
-    if isinstance(added, (str, bytes)) or not hasattr(added, "__len__"):
+    if not _check.iterable(added):
         raise ArgumentError(_check.message("added", "a row of numbers, several, or name -> row", added))
-    rows = [added] if len(added) and np.ndim(added[0]) == 0 else added
+    added = list(added)
+    rows = [added] if added and not _check.iterable(added[0]) else added
     return {"+ [" + ", ".join(f"{v:g}" for v in _numbers("added", row)) + "]": row for row in rows}
 
 
 def _numbers(name: str, row: Any) -> "np.ndarray[Any, np.dtype[np.float64]]":
-    if isinstance(row, (str, bytes)) or not hasattr(row, "__len__") or not len(row):
+    found = [_check.finite(name, one) for one in row] if _check.iterable(row) else []
+    if not found:
         raise ArgumentError(_check.message(name, "a row of finite numbers", row))
-    return np.array([_check.finite(name, one) for one in row])
+    return np.array(found)
 
 
 def _softmax(x: "np.ndarray[Any, np.dtype[np.float64]]") -> "np.ndarray[Any, np.dtype[np.float64]]":
@@ -104,7 +108,7 @@ def add_subvalues(rec: Recording, sites: Any, *, top: int = 3, norm: str = "froz
     """
     _check.choice("norm", norm, NORMS)
     need_recording(rec)
-    _check.whole("top", top, 0, rec.model.vocab_size, model=rec.model.name)
+    top = _check.whole("top", top, 0, rec.model.vocab_size, model=rec.model.name)
     found = [resolve_in(rec, one) for one in expand(as_sites(sites), rec.model.anatomy, rec.prompt.position)]
     places = [_place(one) for one in found]
     readout = Readout.of(rec)

@@ -1,9 +1,10 @@
 """Asking: which readers are meant, and their readings, a layer's attention at a time."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
+from resid_surgery import _check
 from resid_surgery.addresses import SIDES, At, Slice, as_sites, expand, parse_site
 from resid_surgery.attribution.aims import Aim
 from resid_surgery.attribution.attn_readers import (
@@ -57,7 +58,7 @@ def asks_of(rec: Recording, given: Any, side: str | None) -> list[Ask]:
     Raises:
         SiteError: no reader, or a side of what has none.
     """
-    many = [given] if isinstance(given, (str, Site)) else list(given) if isinstance(given, Iterable) else [given]
+    many = [given] if isinstance(given, (str, Site)) else list(given) if _check.iterable(given) else [given]
     asks: list[Ask] = []
     for one in many:
         site, own = _with_side(one)

@@ -31,7 +31,7 @@ def best_share(
 
     Source: Yu & Ananiadou, arXiv 2312.12141 v1, Figure 7.
     """
-    _check.whole("k", k, 1)
+    k = _check.whole("k", k, 1)
     table = scores(rec, kind=kind, norm=norm, layers=layers, progress=False)
     positive = table["log_prob_increase"].clip(lower=0.0).groupby(table["layer"])
     best, helpful = positive.apply(lambda one: float(one.nlargest(k).sum())), positive.sum()

@@ -26,12 +26,13 @@ from resid_surgery.attribution.weights import (
     by_layer,
     heads_of,
     layer_maps,
+    need_weights,
     written_rows,
 )
 from resid_surgery.errors import SiteError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.sites import Head
-from resid_surgery.stream.recording import need_model, reach
+from resid_surgery.stream.recording import reach
 
 VIA = ("query", "key", "value")
 WRITER_BYTES = 256 << 20
@@ -81,7 +82,7 @@ def composition(model: OpenedModel, writers: Any = None, readers: Any = None) ->
 
     Source: Elhage et al. 2021 (composition scores); moments of tr(A Q B Q^T) over random orthogonal Q.
     """
-    need_model(model)
+    need_weights(model)
     before, after = by_layer(heads_of(model, writers)), by_layer(heads_of(model, readers))
     if min(before) >= max(after):
         raise SiteError(

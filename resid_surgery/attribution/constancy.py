@@ -6,7 +6,6 @@ with the constant from a prompt of that token alone (behind the BOS that the pro
 prompts that end in it.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
@@ -78,7 +77,7 @@ def bos_of(model: OpenedModel) -> int | None:
 
 def _given(rec: Recording, over: Any) -> list[Recording | Prompt]:
     """Runs that the mean is over, checked to end in the token at the predicting position."""
-    if isinstance(over, (str, bytes, Prompt, Recording)) or not isinstance(over, Iterable):
+    if isinstance(over, (str, bytes, Prompt, Recording)) or not _check.iterable(over):
         raise ArgumentError(_check.message("over", "None, or a sequence of prompts or recordings", over))
     found = list(over)
     if not found:

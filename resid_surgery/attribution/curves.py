@@ -15,7 +15,7 @@ from resid_surgery.attribution.states import States
 from resid_surgery.attribution.streaming import stream
 from resid_surgery.errors import ArgumentError, SiteError
 from resid_surgery.sites import Site
-from resid_surgery.stream.recording import Recording, need_recording
+from resid_surgery.stream.recording import Recording, be_recording, need_recording
 from resid_surgery.stream.subvalues import resolve_in, vector_of
 
 GROWTH = tuple(np.round(np.linspace(0.0, 10.0, 41), 4).tolist())
@@ -42,7 +42,7 @@ def probability_curve(rec: Recording, sites: Any, *, times: Any = GROWTH, norm: 
     """
     _check.choice("norm", norm, NORMS)
     need_recording(rec)
-    if isinstance(times, (str, bytes)) or not hasattr(times, "__iter__"):
+    if not _check.iterable(times):
         raise ArgumentError(_check.message("times", "a sequence of finite numbers", times))
     amounts = [_check.finite("times", one) for one in times]
     if not amounts:
@@ -53,7 +53,7 @@ def probability_curve(rec: Recording, sites: Any, *, times: Any = GROWTH, norm: 
         place = _place(one)
         v = vector_of(rec, one, "here")
         states = States.of(rec, [place], own=norm == "own")
-        grown = torch.tensor(amounts).to(v)[:, None] * v
+        grown = v.new_tensor(amounts)[:, None] * v
         increase = states.evaluate(torch.zeros(len(amounts), dtype=torch.long), grown).double().cpu()
         log_p = float(states.log_p[0]) + increase.numpy()
         frames.append(
@@ -95,6 +95,7 @@ def cumulated(rec: Recording, *, layer: int, kind: str = "neuron", norm: str = "
     Source: Yu & Ananiadou, arXiv 2312.12141 v1, Figure 3.
     """
     _check.choice("norm", norm, NORMS)
+    be_recording(rec)
     query = Query.of(rec, kind, norm, [_check.whole("layer", layer, -rec.model.anatomy.n_layers)])
     if len(query.places) > 1:
         raise ArgumentError(_check.message("kind", "one whose subvalues share a state; 'layer' has two", kind))

@@ -103,7 +103,7 @@ def need_after(model: OpenedModel, after: str, layers: Sequence[int]) -> None:
 
 def _measured(model: OpenedModel) -> tuple[Tensor, float]:
     weight: Tensor = model.shadow.get_input_embeddings().weight.detach()  # type: ignore[operator]
-    tokens = torch.linspace(0, len(weight) - 1, min(PROBES, len(weight))).long()
+    tokens = torch.linspace(0, len(weight) - 1, min(PROBES, len(weight)), dtype=torch.float64).long()
     found = _one_token(model, tokens, Tap("block_in", 0))
     if weight.shape[1] == found.shape[1]:
         given = model.work(weight[tokens.to(weight.device)])

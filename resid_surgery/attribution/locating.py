@@ -110,13 +110,14 @@ def locate(
 
     Source: Yu & Ananiadou, arXiv 2312.12141; certificates: see `bounds`.
     """
+    _check.progress(progress)
     wanted = _one_score(score, norm)
-    _check_worst(worst)
-    _check.whole("k", k, 1)
+    _check.flag("worst", worst)
+    k = _check.whole("k", k, 1)
     query = Query.of(rec, kind, norm, layers, versus)
     need_competitors(rec.model, [wanted], query.versus)
     total = query.count
-    _check.whole("k", k, 1, total, model=rec.model.name, do=f"There are {total} candidates of kind '{kind}'.")
+    k = _check.whole("k", k, 1, total, model=rec.model.name, do=f"There are {total} candidates of kind '{kind}'.")
     need_recording(rec)
     return _located(scorer(query, wanted), k, worst=worst, shown=progress)
 
@@ -150,12 +151,13 @@ def locate_each(
     Raises:
         PromptError: a prompt cannot be used; it is named. ArgumentError: as `locate`.
     """
+    _check.progress(progress)
     need_model(model)
     wanted = _one_score(score, norm)
     _check.choice("kind", kind, KINDS)
-    _check.whole("k", k, 1)
+    k = _check.whole("k", k, 1)
     picked = _check.layers(layers, model.anatomy.n_layers, model=model.name)
-    _check_worst(worst)
+    _check.flag("worst", worst)
     bound = bound_prompts(model, prompts)
     for number, one in enumerate(bound):
         with numbered(number):
@@ -183,7 +185,7 @@ def _each(
         for one in bound:
             rec = record(model, one.source, remote=remote)
             query = Query.of(rec, kind, norm, layers, versus, targets)
-            _check.whole("k", k, 1, query.count, model=model.name)
+            k = _check.whole("k", k, 1, query.count, model=model.name)
             found = _located(scorer(query, wanted), k, worst=worst, shown=progress)
             del rec, query  # before the next one is recorded
             yield found
@@ -224,11 +226,6 @@ def _one_score(given: Any, norm: Any) -> Score:
     if not isinstance(given, str) or given == "all":
         raise ArgumentError(_check.message("score", "one score's name", given, do="rs.scores takes several."))
     return check_scores([given], norm)[0]
-
-
-def _check_worst(worst: Any) -> None:
-    if not isinstance(worst, bool):
-        raise ArgumentError(_check.message("worst", "True or False", worst))
 
 
 def _located(scored: Scorer, k: int, *, worst: bool, shown: bool | None = None) -> Located:
@@ -272,7 +269,9 @@ def pick(
     members = [scored.blocks[b] for b in chosen]
     numbering, sign = Numbering(members), scored.score.sign(worst=worst)
     eps = 8 * torch.finfo(scored.rec.model.work_dtype).eps
-    floors = [torch.full((one.count,), scored.floor(b)) for b, one in zip(chosen, members, strict=True)]
+    floors = [
+        torch.full((one.count,), scored.floor(b), dtype=torch.float64) for b, one in zip(chosen, members, strict=True)
+    ]
     if isinstance(scored, Increase):
         below = sign < 0
         if scored.removed != below:
@@ -285,11 +284,11 @@ def pick(
             which = places[numbering.home(numbers)]
             return sign * scored.evaluate(which, numbering.vectors(numbers)).cpu().double()
 
-        search = Search(known, torch.cat(floors).double(), eps)
+        search = Search(known, torch.cat(floors), eps)
         first, evaluations = search.certified(k, bounds, evaluate), search.evaluations
     else:
         found, evaluations = _everything(scored, chosen, step)
-        search = Search(found * sign, torch.cat(floors).double(), eps)
+        search = Search(found * sign, torch.cat(floors), eps)
         first = search.first(k)
     return Picked(numbering, first, (search.known[first] * sign).tolist(), evaluations)
 

@@ -42,6 +42,7 @@ from resid_surgery.stream.vocabulary import token_names
 
 LONGEST = 1024
 ROWS = 64
+MOST_CONTEXT = 10_000
 
 
 @final
@@ -105,10 +106,11 @@ def neuron_memory(
 
     Source: Geva et al. 2021, Transformer Feed-Forward Layers Are Key-Value Memories.
     """
+    _check.progress(progress)
     need_model(model)
-    _check.whole("top", top, 1)
-    _check.whole("values", values, 1, model.vocab_size // 2, model=model.name)
-    _check.whole("context", context, 0)
+    top = _check.whole("top", top, 1)
+    values = _check.whole("values", values, 1, model.vocab_size // 2, model=model.name)
+    context = _check.whole("context", context, 0, MOST_CONTEXT)
     groups = _groups(model, sites)
     need_corpus(model, corpus)
     longest = _window(model, window)

@@ -56,7 +56,7 @@ def messages(rec: Recording, heads: Any, *, readout: str = "target", versus: Any
     Source: Yu & Ananiadou, arXiv 2312.12141 (attention subvalues); Elhage et al. 2021 (what heads move).
     """
     be_recording(rec)
-    _check.whole("top", top, 1, rec.model.vocab_size // 2, model=rec.model.name)
+    top = _check.whole("top", top, 1, rec.model.vocab_size // 2, model=rec.model.name)
     competitors, sites = need_readout(rec, readout, versus), _sites(rec, heads)
     need_recording(rec)
     aim, frames = aim_of(rec, readout, competitors), []
@@ -100,8 +100,8 @@ def expand_message(
     """
     be_recording(rec)
     _check.choice("grain", grain, GRAINS)
-    _check.whole("top", top, 1)
-    _check.whole("tokens", tokens, 1, rec.model.vocab_size // 2, model=rec.model.name)
+    top = _check.whole("top", top, 1)
+    tokens = _check.whole("tokens", tokens, 1, rec.model.vocab_size // 2, model=rec.model.name)
     competitors, site = need_readout(rec, readout, versus), _one(rec, message)
     if site.source != rec.prompt.position:
         need_stream(rec)

@@ -82,12 +82,12 @@ class NeuronReader:
         self, reading: Reading, position: int, removed: Float[Tensor, "n d_model"], norm: str
     ) -> Float[Tensor, " n"]:
         """Coefficients, through every key."""
-        constants = torch.tensor([one.constants["constant"] for one in self.readings]).to(self.keys)
+        constants = self.keys.new_tensor([one.constants["constant"] for one in self.readings])
         return self._made(self._read(removed, norm) @ self.keys.T + constants)
 
     def from_shares(self, shares: Float[Tensor, "key n"]) -> Float[Tensor, " n"]:
         """Coefficients when these shares are taken off the pre-activations: the norm's scale frozen."""
-        measured = torch.tensor([one.measured for one in self.readings]).to(shares)
+        measured = shares.new_tensor([one.measured for one in self.readings])
         return self._made((measured[:, None] - shares).T)
 
     def _made(self, pre_activations: Float[Tensor, "n key"]) -> Float[Tensor, " n"]:

@@ -7,7 +7,7 @@ vocabulary x vocabulary matrix is ever made: copying scores are read off d_head 
 d_model matrix W_E^T W_U.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pandas as pd
@@ -30,6 +30,7 @@ from resid_surgery.attribution.weights import (
     head_weights,
     heads_of,
     layer_maps,
+    need_weights,
     per_weights,
     post_unit,
     written_rows,
@@ -40,7 +41,7 @@ from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import token_id
 from resid_surgery.models.tracing import projected
 from resid_surgery.sites import Head
-from resid_surgery.stream.recording import need_model, reach
+from resid_surgery.stream.recording import reach
 from resid_surgery.stream.vocabulary import Readout, token_names
 
 SIDES = ("promotes", "suppresses")
@@ -69,10 +70,10 @@ def ov_tokens(model: OpenedModel, heads: Any, tokens: Any, *, top: int = 10, aft
 
     Source: Elhage et al. 2021 (OV circuits); Wang et al. 2022 (after the first MLP).
     """
-    need_model(model)
+    need_weights(model)
     sites, ids = heads_of(model, heads), token_ids(model, tokens)
     _check.choice("after", after, AFTER)
-    _check.whole("top", top, 1, model.vocab_size // 2, model=model.name)
+    top = _check.whole("top", top, 1, model.vocab_size // 2, model=model.name)
     layers = by_layer(sites)
     need_after(model, after, list(layers))
     readout, frames = unit_readout(model), []
@@ -107,10 +108,10 @@ def qk_tokens(model: OpenedModel, heads: Any, tokens: Any, *, top: int = 10, aft
 
     Source: Elhage et al. 2021 (QK circuits).
     """
-    need_model(model)
+    need_weights(model)
     sites, ids = heads_of(model, heads), token_ids(model, tokens)
     _check.choice("after", after, AFTER)
-    _check.whole("top", top, 1, model.vocab_size, model=model.name)
+    top = _check.whole("top", top, 1, model.vocab_size, model=model.name)
     layers = by_layer(sites)
     need_after(model, after, list(layers))
     for layer in layers:
@@ -147,7 +148,7 @@ def copying(model: OpenedModel, heads: Any = None, *, after: str = "embed") -> p
 
     Source: Elhage et al. 2021 (eigenvalues of OV circuits); effective embeddings: Wang et al. 2022.
     """
-    need_model(model)
+    need_weights(model)
     _check.choice("after", after, AFTER)
     above = "L1:.H*" if after == "mlp0" and model.anatomy.n_layers > 1 else None
     layers = by_layer(heads_of(model, above if heads is None else heads))
@@ -190,7 +191,7 @@ def token_ids(model: OpenedModel, given: Any) -> list[int]:
     Raises:
         PromptError: one is not one token, or there is none.
     """
-    many = [given] if isinstance(given, (str, bytes)) or not isinstance(given, Iterable) else list(given)
+    many = [given] if not _check.iterable(given) else list(given)
     ids = [token_id(one, model.tokenizer, model, "tokens") for one in many]
     if not ids:
         raise PromptError(_check.message("tokens", "at least one token", many, model=model.name))

@@ -30,6 +30,7 @@ from resid_surgery.sites import Head
 from resid_surgery.stream.recording import need_model
 from resid_surgery.stream.records import attention_rows
 
+MOST_SEQUENCES = 100_000
 KINDS = ("previous_token", "duplicate_token", "induction", "first_token")
 
 
@@ -90,8 +91,8 @@ def head_patterns(
     """
     need_model(model)
     sites = heads_of(model, heads)
-    _check.whole("n", n, 1)
-    _check.whole("seed", seed, 0)
+    n = _check.whole("n", n, 1, MOST_SEQUENCES)
+    seed = _check.seed(seed)
     texts = repeated_sequences(model, n, lengths, seed)
     layers = by_layer(sites)
     sums = {kind: {layer: torch.zeros(()) for layer in layers} for kind in KINDS}

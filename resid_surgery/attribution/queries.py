@@ -45,7 +45,8 @@ class Query:
         _check.choice("kind", kind, KINDS)
         be_recording(rec)
         picked = _check.layers(layers, rec.model.anatomy.n_layers, model=rec.model.name)
-        query = cls(rec, kind, picked, norm, versus_of(rec.model, rec.prompt, versus), tuple(dict.fromkeys(also)))
+        others = tuple(dict.fromkeys(_check.wholes("also", also, 0, rec.model.vocab_size - 1)))
+        query = cls(rec, kind, picked, norm, versus_of(rec.model, rec.prompt, versus), others)
         if not query.places:
             _refuse_nothing(rec.model, kind, picked)
         return query
@@ -113,7 +114,7 @@ def versus_of(model: OpenedModel, prompt: BoundPrompt, given: Any) -> tuple[int,
     """Ids of competitors: the prompt's, or those given as a token or several."""
     if given is None:
         return prompt.versus
-    many = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, bytes)) else [given]
+    many = list(given) if _check.iterable(given) else [given]
     ids = tuple(token_id(one, model.tokenizer, model, "versus") for one in many)
     if not ids or prompt.target in ids or len(set(ids)) != len(ids):
         raise ArgumentError(_check.message("versus", "distinct tokens other than the target", given, model=model.name))

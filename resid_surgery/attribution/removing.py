@@ -4,7 +4,6 @@ Two ways of the source's case study, side by side: everything recomputed (querie
 weights), or with the attention weights fixed (values alone). The difference is what the vector did to the weights.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
@@ -79,7 +78,7 @@ def attention_sources(
 
 def _readers(rec: Recording, given: Any) -> list[Reads]:
     found: list[Reads] = []
-    many = given if isinstance(given, Iterable) and not isinstance(given, (str, Site)) else [given]
+    many = given if _check.iterable(given) and not isinstance(given, (str, Site)) else [given]
     for site in expand(as_sites(many), rec.model.anatomy, rec.prompt.position):
         if not isinstance(site, (Head, Sublayer)) or getattr(site, "part", "attn") != "attn":
             raise SiteError(f"`reader` must be a head such as L9.H4 or an attention layer such as L9.attn; got {site}.")

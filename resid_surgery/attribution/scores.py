@@ -59,10 +59,10 @@ def scores(
 
     Source: Yu & Ananiadou, arXiv 2312.12141; see `describe_scores` for each.
     """
+    _check.progress(progress)
     wanted = check_scores(score, norm)
     query = Query.of(rec, kind, norm, layers, versus)
-    if not isinstance(bounds, bool):
-        raise ArgumentError(_check.message("bounds", "True or False", bounds))
+    _check.flag("bounds", bounds)
     if isinstance(score, str) and score == "all":
         wanted = [one for one in wanted if (query.versus or one.name not in CONTRASTS)
                   and (not bounds or one.search != "exhaustive")]  # fmt: skip
@@ -119,6 +119,7 @@ def counts(
 
     Source: Yu & Ananiadou, arXiv 2312.12141 v1, Figure 6.
     """
+    _check.progress(progress)
     units = ("nats", "logits", "probability")
     signed = tuple(name for name, s in SCORES.items() if s.unit in units and name != "log_prob_alone")
     (wanted,) = check_scores([_check.choice("score", score, signed)], norm)

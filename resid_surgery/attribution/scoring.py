@@ -86,7 +86,7 @@ class Contrast(Linear):
         competitors = list(self.query.versus)
         self.tokens = [self.rec.prompt.target, *competitors]
         self.rows = self.readout.rows(self.tokens)
-        self.weights = torch.tensor([1.0, *[-1 / len(competitors)] * len(competitors)]).to(self.rows)
+        self.weights = self.rows.new_tensor([1.0, *[-1 / len(competitors)] * len(competitors)])
         self.plain = self.query.norm == "frozen" and self.rec.model.anatomy.logit_cap is None
         own = self.query.norm == "own"
         self.states = None if self.plain else States.of(self.rec, self.query.places, own=own)

@@ -132,9 +132,8 @@ def sources(
         _check.choice(name, value, allowed)
     if side is not None:
         _check.choice("side", side, SIDES)
-    for name, number in (("top", top), ("hops", hops)):
-        _check.whole(name, number, 1)
-    _check.whole("budget", budget, 0)
+    top, hops = _check.whole("top", top, 1), _check.whole("hops", hops, 1)
+    budget = _check.whole("budget", budget, 0)
     be_recording(rec)
     competitors = need_readout(rec, readout, versus)
     asks = asks_of(rec, reader, side)

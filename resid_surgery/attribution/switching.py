@@ -80,8 +80,7 @@ def query_subvalues(
     _check.choice("way", way, WAYS)
     _check.choice("score", score, SCORES)
     _check.choice("grain", grain, tuple(QUERIES))
-    for name, number in (("k", k), ("hops", hops)):
-        _check.whole(name, number, 1)
+    k, hops = _check.whole("k", k, 1), _check.whole("hops", hops, 1)
     be_recording(rec)
     competitors = need_readout(rec, readout, None)
     sites = _neurons(rec, getattr(values, "sites", values))
@@ -191,9 +190,10 @@ def locations(
 
     Source: Yu & Ananiadou, arXiv 2312.12141 v1, Figure 19.
     """
+    _check.progress(progress)
     need_model(model)
     _check.choice("way", way, WAYS)
-    _check.whole("k", k, 1)
+    k = _check.whole("k", k, 1)
     bound, layers = bound_prompts(model, prompts), range(model.anatomy.n_layers)
     for number, one in enumerate(bound):
         with numbered(number):

@@ -229,7 +229,7 @@ def need_corpus(model: OpenedModel, corpus: Any) -> None:
     Raises:
         ArgumentError: it is a string, a prompt or empty. PromptError: one of its texts is no text.
     """
-    if isinstance(corpus, (str, bytes, Prompt)) or not isinstance(corpus, Iterable):
+    if isinstance(corpus, (str, bytes, Prompt)) or not _check.iterable(corpus):
         do = "Wrap it in a list."
         raise ArgumentError(_check.message("corpus", "an iterable of texts or prompts", corpus, do=do))
     if isinstance(corpus, Sequence):

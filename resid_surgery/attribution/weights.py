@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from resid_surgery._check import message
+from resid_surgery._check import flag, message
 from resid_surgery.addresses import as_sites, expand
-from resid_surgery.errors import ArgumentError, SiteError, UnsupportedModelError
+from resid_surgery.errors import SiteError, StaleRecordingError, UnsupportedModelError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.parts import Norm
 from resid_surgery.models.tracing import projected
@@ -124,7 +124,7 @@ class HeadWeights:
         model: whose. sites: which heads, in order. folded: what stands in the maps besides the projections:
             "attn_norm gain", "attn_norm centring" (in W_Q, W_K, W_V), "attn_post_norm gain", "attn_post_norm centring",
             "attn_scale" (in W_O); nothing with ``fold=False``.
-        layers: the layers' maps.
+        layers: the layers' maps. fingerprint: of the weights that they were read from.
     """
 
     model: OpenedModel
@@ -132,6 +132,7 @@ class HeadWeights:
     folded: tuple[str, ...]
     layers: dict[int, LayerMaps]
     fold: bool
+    fingerprint: str
 
     def __repr__(self) -> str:
         named = ", ".join(map(str, self.sites[:4])) + (", ..." if len(self.sites) > 4 else "")
@@ -141,13 +142,34 @@ class HeadWeights:
         return len(self.sites)
 
     def __iter__(self) -> Iterator[HeadMaps]:
-        return (self[site] for site in self.sites)
+        self.require_fresh()
+        return (self._of(site) for site in self.sites)
 
     def __getitem__(self, head: Any) -> HeadMaps:
-        """The maps of one head: its site, or its text."""
+        """The maps of one head: its site, or its text.
+
+        Raises:
+            SiteError: it is none of these heads. StaleRecordingError: the model's weights changed since.
+        """
         (site, *more) = heads_of(self.model, head)
         if more or site not in self.sites:
             raise SiteError(f"`{head}` must be one of the {len(self.sites)} heads of {self!r}.")
+        self.require_fresh()
+        return self._of(site)
+
+    def require_fresh(self) -> None:
+        """Refuse weights other than those that the maps were read from: norms and W_O are read when they are asked for.
+
+        Raises:
+            StaleRecordingError: the model's weights changed since.
+        """
+        if (now := self.model.fingerprint()) != self.fingerprint:
+            raise StaleRecordingError(
+                f"these head weights of {self.model.name} were read from weights {self.fingerprint[:12]}, but it "
+                f"now has {now[:12]}: its weights changed since. Call head_weights again."
+            )
+
+    def _of(self, site: Head) -> HeadMaps:
         maps, n_heads = self.layers[site.layer], self.model.anatomy.sizes[site.layer].n_heads
         norm = attention_norm(self.model, site.layer, fold=self.fold)
         q, k, v = (None if one is None else one.of(site.head, n_heads).folded(norm)
@@ -188,12 +210,18 @@ def head_weights(model: OpenedModel, heads: Any = None, *, fold: bool = True) ->
 
     Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits.
     """
-    need_model(model)
-    if not isinstance(fold, bool):
-        raise ArgumentError(message("fold", "True or False", fold))
+    need_weights(model)
+    flag("fold", fold)
     sites = heads_of(model, heads)
     layers = {layer: layer_maps(model, layer) for layer in sorted({site.layer for site in sites})}
-    return HeadWeights(model, sites, _names_of_folded(model, layers) if fold else (), layers, fold)
+    folded = _names_of_folded(model, layers) if fold else ()
+    return HeadWeights(model, sites, folded, layers, fold, model.known_fingerprint())
+
+
+def need_weights(model: Any) -> None:
+    """Refuse anything but an opened model, and look at all of its weights: what is kept of others is made anew."""
+    need_model(model)
+    model.fingerprint()
 
 
 def heads_of(model: OpenedModel, given: Any) -> tuple[Head, ...]:
@@ -221,8 +249,9 @@ def by_layer(heads: Sequence[Head]) -> dict[int, list[Head]]:
 
 
 def per_weights(model: OpenedModel) -> dict[Any, Any]:
-    """What is kept of a model while its weights are the same."""
-    now = model.known_fingerprint()
+    """What is kept of a model while its weights, modules, hooks and settings are the same."""
+    model.shadow  # noqa: B018  (made anew if need be, and counted)
+    now = model.known_fingerprint(), model.trees
     if model.cache.get("circuits", (None,))[0] != now:
         model.cache["circuits"] = now, {}
     return model.cache["circuits"][1]  # type: ignore[no-any-return]

@@ -149,7 +149,7 @@ def _check_families(types: list[str] | None, dtype: str, markdown: bool, as_json
 
 def run() -> None:
     """Entry point: what is no good gives one line on stderr and exit code 2, and no traceback."""
-    from resid_surgery.errors import ResidSurgeryError, RunError
+    from resid_surgery.errors import ResidSurgeryError, RunError, out_of_memory
 
     try:
         raise SystemExit(app(standalone_mode=False, prog_name="resid-surgery") or 0)
@@ -163,6 +163,8 @@ def run() -> None:
     except typer.Abort:
         raise SystemExit(130) from None
     except Exception as error:
+        if out_of_memory(error):
+            _fail(f"memory ran out: {error}", 1)
         if not hasattr(error, "format_message"):  # the parser's own errors have one
             raise
         text = error.format_message()
@@ -170,5 +172,7 @@ def run() -> None:
 
 
 def _fail(text: str, code: int = 2) -> None:
-    sys.stderr.write(f"resid-surgery: {' '.join(text.split())}\n")
+    from resid_surgery.errors import ResidSurgeryError
+
+    sys.stderr.write(f"resid-surgery: {ResidSurgeryError(text)}\n")  # one line, whatever stands in it
     raise SystemExit(code) from None

@@ -323,7 +323,7 @@ def _by_stratum(table: pd.DataFrame) -> pd.DataFrame:
         rows.append({
             "stratum": stratum, "criterion": criterion, "probes": len(g), "tokens": int(g["tokens"].sum()),
             "kl_mean": float((g["kl"] * weights).sum()), "kl_median": float(g["kl"].median()),
-            "kl_p95": float(g["kl"].quantile(0.95)), "kl_max": float(g["kl_max"].max()),
+            "kl_p95": _p95(g["kl"]), "kl_max": float(g["kl_max"].max()),
             "js": float((g["js"] * weights).sum()), "flips": float((g["flips"] * weights).sum()),
             "overlap": float((g["overlap"] * weights).sum()),
             "success_before": g["success_before"].dropna().astype(float).mean(),
@@ -332,6 +332,11 @@ def _by_stratum(table: pd.DataFrame) -> pd.DataFrame:
             "magnitude_after": g["magnitude_after"].dropna().astype(float).mean(),
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _p95(kl: "pd.Series[float]") -> float:
+    """The 95th percentile; where a value is infinite the next higher one, since nothing lies between two of those."""
+    return float(kl.quantile(0.95, interpolation="higher" if (kl == math.inf).any() else "linear"))
 
 
 def _cost(cost: dict[str, object], passages: Sequence[Passage], models: int, probes: int = 0) -> None:

@@ -72,7 +72,7 @@ def audit(model: OpenedModel, edit: Edit, *, top: int = 10) -> dict[str, pd.Data
     Source: Geva et al. 2022 (promoted tokens); Yu & Ananiadou (one subvalue, many abilities).
     """
     need_weights_edit(model, edit)
-    whole("top", top, 1, model.vocab_size // 2, model=model.name)
+    top = whole("top", top, 1, model.vocab_size // 2, model=model.name)
     new, held = edit.new_tensors(model), tensors_of(model.module)
     cast = cast_survival(model, edit) if edit.changes else pd.DataFrame()
     tensors, values, vectors, silent = [], [], [], dict[str, str]()
@@ -127,6 +127,9 @@ def cast_survival(model: OpenedModel, edit: Edit, dtype: str = "bfloat16") -> pd
     if not edit.changes:
         raise ArgumentError(f"`edit` must change weights to be cast; {edit!r} works by interventions.")
     held = tensors_of(model.module)
+    missing = [change.name for change in edit.changes if change.name not in held]
+    if missing:
+        raise ArgumentError(f"`edit` changes {missing[0]}, which {model.name} does not have: it is for another model.")
     rows = [{"tensor": c.name, "dtype": dtype, **_survival(c, held[c.name].detach(), cast)} for c in edit.changes]
     return pd.DataFrame(rows)
 

@@ -6,7 +6,7 @@ Rows of weights multiply nothing but the coefficient, so that scaling a row is s
 position, exactly (up to the rounding of the row to the model's dtype).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,8 +64,7 @@ def edit_coefficients(
         Edit(edit_coefficients: model.layers.2.mlp.down_proj.weight (rows))
     """
     need_model(model)
-    if not isinstance(baked, bool):
-        raise ArgumentError(_check.message("baked", "True or False", baked))
+    _check.flag("baked", baked)
     given = sites_given(sites)
     factors = factors_of(factor, len(given))
     settings = {"sites": [str(one) for one in given], "factor": factors if len(set(factors)) > 1 else factors[0],
@@ -77,7 +76,7 @@ def edit_coefficients(
         return new_edit(
             model, (), method="edit_coefficients", settings=settings, interventions=operations, rewrites=rewrites
         )
-    if positions != "all":
+    if not isinstance(positions, str) or positions != "all":
         raise ArgumentError(
             _check.message(
                 "positions", "'all' for an edit of weights, which act everywhere", positions, do="Or use baked=False."
@@ -89,9 +88,7 @@ def edit_coefficients(
 
 def factors_of(given: Any, n: int) -> list[float]:
     """One finite factor a site, from one for all or a sequence of them."""
-    if isinstance(given, Tensor):
-        given = given.tolist()
-    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+    if not _check.iterable(given):
         return [_check.finite("factor", given)] * n
     found = [_check.finite("factor", one) for one in given]
     if len(found) != n:

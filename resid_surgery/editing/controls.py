@@ -213,4 +213,4 @@ def control_edits(
     if edit.interventions:
         raise ArgumentError(f"`edit` must change weights to have random controls; {edit!r} works by interventions.")
     wanted = [("random site", random_site, sites), ("random direction", random_direction, directions)]
-    return [(kind, build(model, edit, seed * 1000 + n)) for kind, build, many in wanted for n in range(many)]
+    return [(kind, build(model, edit, (seed * 1000 + n) % 2**63)) for kind, build, many in wanted for n in range(many)]

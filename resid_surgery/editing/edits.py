@@ -60,7 +60,14 @@ class Edit:
     keys: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, kind in (("changes", Change), ("interventions", Intervention), ("rewrites", Rewrite)):
+            object.__setattr__(self, name, _all_of(name, getattr(self, name), kind))
+        _check.text("method", self.method)
+        if not isinstance(self.fitting, pd.DataFrame):
+            raise ArgumentError(_check.message("fitting", "a DataFrame", self.fitting))
         for name in ("expects", "about", "keys"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ArgumentError(_check.message(name, "a mapping", getattr(self, name)))
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
         object.__setattr__(self, "changes", summed(self.changes))
 
@@ -163,6 +170,7 @@ class Edit:
             StaleRecordingError: the weights are not those that it was made for.
         """
         need_model(model)
+        _check.flag("strict", strict)
         if self.empty:
             raise ArgumentError(f"`edit` must change something; {self!r} adds nothing to {model.name}.")
         edited = with_tensors(model, self.new_tensors(model, strict=strict), f"{model.name}, edited")
@@ -182,6 +190,8 @@ class Edit:
             ArgumentError: a tensor is not there, or has another shape.
             StaleRecordingError: with `strict`, other weights than the edit was made for.
         """
+        need_model(model)
+        _check.flag("strict", strict)
         held, found = tensors_of(model.module), dict[str, Tensor]()
         for change in self.changes:
             for path in change.paths:
@@ -279,17 +289,25 @@ def new_edit(
     Raises:
         ArgumentError: it changes nothing.
     """
+    rewrites = _all_of("rewrites", rewrites, Rewrite)
     held = tensors_of(model.module)
     about = {"model": model.name, "fingerprint": model.known_fingerprint(), "dtype": str(model.dtype),
              "settings": plain(dict(settings or {}), "settings"), "versions": versions()}  # fmt: skip
     expects = {path: tensor_hash(held[path]) for change in changes for path in change.paths}
     made = Edit(
-        tuple(changes), tuple(interventions), method, tuple(rewrites), expects, about,
+        tuple(changes), tuple(interventions), method, rewrites, expects, about,
         pd.DataFrame() if fitting is None else fitting, dict(keys or {}),
     )  # fmt: skip
     if made.empty:
         raise ArgumentError(f"`{method}` must change something in {model.name}; this edit adds nothing to any weight.")
     return made
+
+
+def _all_of(name: str, given: Any, kind: type) -> tuple[Any, ...]:
+    found = tuple(given) if _check.iterable(given) else (None,)
+    if not all(isinstance(one, kind) for one in found):
+        raise ArgumentError(_check.message(name, f"a sequence of {kind.__name__}", given))
+    return found
 
 
 def read_edit(model: OpenedModel, source: Any) -> Edit:
@@ -303,7 +321,7 @@ def read_edit(model: OpenedModel, source: Any) -> Edit:
         LoadError: it cannot be read. ArgumentError: it changes no weight, or is for another model.
     """
     need_model(model)
-    path = Path(str(source)).expanduser()
+    path = _check.path("source", source, "a .safetensors file, a folder or a hub id", home=True)
     if path.suffix == ".safetensors":
         return Edit.load(path) if is_kept(path) else Edit.from_delta(model, path)
     if (path / "adapter_config.json").is_file():

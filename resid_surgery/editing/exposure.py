@@ -6,9 +6,8 @@ memory does not grow with the corpus.
 
 import heapq
 import itertools
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -17,7 +16,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from resid_surgery._check import message, whole
+from resid_surgery._check import iterable, message, whole
+from resid_surgery._check import path as as_path
+from resid_surgery._check import progress as check_progress
+from resid_surgery._files import parse_json
 from resid_surgery._progress import progress as progress_bar
 from resid_surgery.editing.edits import Edit
 from resid_surgery.editing.exposing import Exposer, combined
@@ -80,15 +82,16 @@ def exposure(
         >>> import resid_surgery as rs  # doctest: +SKIP
         >>> rs.exposure(model, edit, "corpus.txt", top=20)  # doctest: +SKIP
     """
+    check_progress(progress)
     exposer = Exposer(model, edit)
-    for name, value in (("top", top), ("tokens", tokens)):
-        if value is not None:
-            whole(name, value, 1)
-    whole("context", context, 1)
+    top, tokens = (
+        None if value is None else whole(name, value, 1) for name, value in (("top", top), ("tokens", tokens))
+    )
+    context = whole("context", context, 1)
     window = min(whole("window", window, 1), model.context or window)
     kept = _Kept(top)
-    known = len(texts) if hasattr(texts, "__len__") and not isinstance(texts, (str, os.PathLike)) else tokens or 0
-    with progress_bar("exposure", known, shown=progress and known > 0) as step:
+    known = len(texts) if iterable(texts) and isinstance(texts, Sized) else tokens or 0
+    with progress_bar("exposure", known, shown=progress is not False and known > 0) as step:
         stream = _capped(_windows(model, texts_of(texts), window), tokens)
         while some := list(itertools.islice(stream, AT_ONCE)):
             for batch in _batches(some):
@@ -138,9 +141,9 @@ def texts_of(texts: Any) -> Iterator[Any]:
         ArgumentError: no iterable. LoadError: a file that cannot be read, or a line without a text.
     """
     if isinstance(texts, (str, os.PathLike)):
-        yield from _lines(Path(texts))
+        yield from _lines(as_path("texts", texts, "an iterable of texts or ids, or the path of a file"))
         return
-    if not isinstance(texts, Iterable):
+    if not iterable(texts):
         raise ArgumentError(message("texts", "an iterable of texts or ids, or the path of a file", texts))
     for one in texts:
         yield one.text if isinstance(one, Probe) else one
@@ -149,18 +152,20 @@ def texts_of(texts: Any) -> Iterator[Any]:
 def _lines(path: Path) -> Iterator[str]:
     """Lines of a file that are not empty; of JSON lines, their texts."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield _text_in(line, path, number) if path.suffix == ".jsonl" else line.rstrip("\n")
+    except LoadError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         raise LoadError(f"`texts` must be an iterable of texts or a readable file; {path}: {error}.") from error
 
 
 def _text_in(line: str, path: Path, number: int) -> str:
     try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
+        found = parse_json(line)
+    except ValueError as error:
         raise LoadError(f"line {number} of {path} is no JSON: {error}.") from error
     text = found.get("text") if isinstance(found, dict) else found
     if not isinstance(text, str) or not text:
@@ -189,8 +194,8 @@ def _ids(model: OpenedModel, one: Any) -> tuple[int, ...]:
 
 
 def _sequence(one: Any) -> Iterable[Any]:
-    given = one.tolist() if isinstance(one, Tensor) else one
-    if not isinstance(given, Iterable):
+    given = one.tolist() if isinstance(one, Tensor) and one.device.type != "meta" and not one.is_sparse else one
+    if not iterable(given) or isinstance(given, Tensor):
         raise ArgumentError(message("texts", "an iterable of texts, probes or sequences of token ids", one))
     return given
 

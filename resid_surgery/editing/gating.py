@@ -95,7 +95,7 @@ class Found:
         """The interval in the gate's unit, cut to values that are possible."""
         if self.source is None:
             return Interval(self.value, self.value)
-        low, high = (float(np.expm1(b)) if self.mapped else b for b in self.source.at(confidence))
+        low, high = (_change(b) if self.mapped else b for b in self.source.at(confidence))
         return Interval(max(low, gate.span[0]), min(high, gate.span[1]))
 
     def p(self, limit: float) -> float:
@@ -140,7 +140,9 @@ def judge(
         raise ArgumentError("`policy` must have a limit for at least one gate that was measured; it has none.")
     limits = [rules.limits(one.gate, stream=stream) for one in ordered]
     need = ceil(2 * len(ordered) / (1 - level)) - 1
-    _check.whole("resamples", resamples, need, do=f"{len(ordered)} gates share an error of {1 - level:.3g}.")
+    resamples = _check.whole(
+        "resamples", resamples, need, do=f"{len(ordered)} gates share an error of {1 - level:.3g}."
+    )
     found = [_found(one, bool(stream), resamples, seed) for one in ordered]
     effective = [(GATES[m.gate].effective(p.warn, m.noise), GATES[m.gate].effective(p.fail, m.noise))
                  for m, p in zip(ordered, limits, strict=True)]  # fmt: skip
@@ -226,7 +228,13 @@ def _found(one: Measured, stream: bool, resamples: int, seed: int) -> Found:
     base = table["base"].to_numpy(dtype=float) if "base" in table else None
     mean = spread(x, facts, prompts, weights=one.weights, base=base, resamples=resamples, seed=seed)
     mapped = one.kind == "ratio"
-    return Found(float(np.expm1(mean.value)) if mapped else mean.value, mean.units, mean.unit, mean, mean.how, mapped)
+    return Found(_change(mean.value) if mapped else mean.value, mean.units, mean.unit, mean, mean.how, mapped)
+
+
+def _change(log_ratio: float) -> float:
+    """The relative change of a ratio's logarithm: infinite where the ratio is beyond every float."""
+    with np.errstate(over="ignore"):
+        return float(np.expm1(log_ratio))
 
 
 def _levels(found: Sequence[Found], limits: Sequence[tuple[Any, Any]], confidence: float) -> list[float]:

@@ -19,6 +19,8 @@ import pandas as pd
 import torch
 
 from resid_surgery._check import finite, message, whole
+from resid_surgery._check import path as as_path
+from resid_surgery._check import seed as as_seed
 from resid_surgery.editing.auditing import need_weights_edit
 from resid_surgery.editing.edits import Edit
 from resid_surgery.errors import ArgumentError, InterventionError
@@ -85,8 +87,8 @@ def _settings(
     wrong = sorted(set(options) & set(OURS))
     if wrong:
         raise ArgumentError(f"`{wrong[0]}` must be left out: run_lm_eval sets it, the same for both models.")
-    whole("batch_size", batch_size, 1)
-    whole("seed", seed, 0)
+    batch_size = whole("batch_size", batch_size, 1)
+    seed = as_seed(seed)
     if limit is not None and finite("limit", limit) <= 0:
         raise ArgumentError(message("limit", "a number of documents (below 1: a share of them)", limit))
     few = {} if num_fewshot is None else {"num_fewshot": whole("num_fewshot", num_fewshot, 0)}
@@ -118,7 +120,7 @@ def _manager(include_path: Any, names: Sequence[str]) -> Any:
     Raises:
         ArgumentError: no such folder, or no such task.
     """
-    if include_path is not None and not os.path.isdir(include_path):
+    if include_path is not None and not as_path("include_path", include_path, "a folder with task files").is_dir():
         raise ArgumentError(message("include_path", "a folder with task files", include_path))
     made = _lm_eval(".tasks").TaskManager
     if include_path is not None:

@@ -75,7 +75,7 @@ def chosen_prefixes(prefixes: Any, seed: int) -> tuple[str, ...]:
     if prefixes is None:
         drawn = np.random.default_rng(seed).permutation(len(SENTENCES))[:DRAWN]
         return ("", *(SENTENCES[i] for i in sorted(drawn.tolist())))
-    given = [prefixes] if isinstance(prefixes, str) or not isinstance(prefixes, Iterable) else list(prefixes)
+    given = [prefixes] if isinstance(prefixes, str) or not _check.iterable(prefixes) else list(prefixes)
     if isinstance(prefixes, str) or not given or not all(isinstance(one, str) for one in given):
         raise ArgumentError(message("prefixes", 'None or a sequence of texts ("" for no prefix)', prefixes))
     return tuple(dict.fromkeys(one.strip() for one in given))
@@ -331,7 +331,7 @@ class _Meter:
 
 
 def _texts(texts: Any) -> list[str]:
-    given = [] if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable) else list(texts)
+    given = [] if not _check.iterable(texts) else list(texts)
     if not given or not all(isinstance(one, str) and one.strip() for one in given):
         raise ArgumentError(message("corpus", "a sequence of non-empty texts", texts))
     return given

@@ -91,6 +91,7 @@ def edit_least_squares(
     Source: Meng et al. 2023, arXiv 2210.07229; the penalty on earlier keys and the null space, Fang et al. 2024,
     arXiv 2410.02355.
     """
+    _check.progress(progress)
     need_model(model)
     how = Descent(steps=steps, learning_rate=learning_rate, until=until, kl_factor=kl_factor,
                   weight_decay=weight_decay, clamp=clamp)  # fmt: skip
@@ -133,7 +134,7 @@ def key_cosines(edits: Edit | Sequence[Edit]) -> pd.DataFrame:
     Raises:
         ArgumentError: no edits, or keys of one layer with different widths.
     """
-    given = [edits] if isinstance(edits, Edit) else list(edits) if isinstance(edits, Iterable) else []
+    given = [edits] if isinstance(edits, Edit) else list(edits) if _check.iterable(edits) else []
     if not given or not all(isinstance(one, Edit) for one in given):
         raise ArgumentError(message("edits", "an Edit or a sequence of them", edits))
     rows = []
@@ -163,7 +164,7 @@ def earlier_keys(model: OpenedModel, previous: Any, layers: Sequence[int]) -> di
     Raises:
         ArgumentError: no edits, or one without keys at one of the layers, or with keys of another width.
     """
-    listed = isinstance(previous, Iterable) and not isinstance(previous, (str, bytes))
+    listed = _check.iterable(previous)
     given = [] if previous is None else list(previous) if listed else [previous]
     found = {}
     for layer in layers:

@@ -138,7 +138,10 @@ class Policy:
 
     def __post_init__(self) -> None:
         for name in SETTINGS:
-            given = {gate: _limits(gate, one) for gate, one in getattr(self, name).items()}
+            held = getattr(self, name)
+            if not isinstance(held, Mapping):
+                raise ArgumentError(_check.message(name, "a mapping from gates to (warn, fail)", held))
+            given = {gate: _limits(gate, one) for gate, one in held.items()}
             object.__setattr__(self, name, MappingProxyType(given))
 
     def __repr__(self) -> str:
@@ -154,6 +157,8 @@ class Policy:
         Raises:
             ArgumentError: an unknown gate, no pair of limits, or a fail limit on the mild side of the warn limit.
         """
+        if not isinstance({} if changes is None else changes, Mapping):
+            raise ArgumentError(_check.message("changes", "a mapping from gates to (warn, fail)", changes))
         found = {name: dict(getattr(self, name)) for name in SETTINGS}
         for gate, given in {**(changes or {}), **more}.items():
             _check.choice("policy", gate, tuple(GATES))
@@ -167,7 +172,7 @@ class Policy:
         Raises:
             ArgumentError: an unknown gate, or one that has no limit in this setting.
         """
-        setting = SETTINGS[bool(stream)]
+        setting = SETTINGS[_check.flag("stream", stream)]
         found: Limits = getattr(self, setting).get(_check.choice("gate", gate, tuple(GATES)), Limits(None, None))
         if found == Limits(None, None):
             raise ArgumentError(f"`{gate}` has no limit for a {setting} edit; give one: "
@@ -176,7 +181,8 @@ class Policy:
 
     def limited(self, gate: str, *, stream: bool) -> bool:
         """Whether a gate has any limit; one that was given (None, None) is not judged."""
-        found = getattr(self, SETTINGS[bool(stream)]).get(gate, Limits(None, None))
+        held = getattr(self, SETTINGS[_check.flag("stream", stream)])
+        found = held.get(_check.choice("gate", gate, tuple(GATES)), Limits(None, None))
         return bool(found != Limits(None, None))
 
     @property

@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 from scipy.stats import spearmanr
 
-from resid_surgery._check import message
+from resid_surgery._check import iterable, message, whole
 from resid_surgery.editing.edits import Edit
 from resid_surgery.editing.exposure import exposure
 from resid_surgery.editing.running import Passage, Subject, WeightsSubject, compared, first_block
@@ -36,6 +36,10 @@ def exposure_against_kl(model: OpenedModel, edit: Edit, texts: Sequence[str], *,
     need_model(model)
     if not isinstance(edit, Edit):
         raise ArgumentError(message("edit", "an Edit", edit))
+    tokens = whole("tokens", tokens, 1)
+    texts = list(texts) if iterable(texts) else []
+    if not texts or not all(isinstance(one, str) and one for one in texts):
+        raise ArgumentError(message("texts", "a sequence of texts, none of them empty", texts))
     with edit.applied(model) as handle:
         edited = WeightsSubject(handle, "edited", first_block(model, edit))
         return exposed_and_measured(model, edit, edited, texts, tokens)

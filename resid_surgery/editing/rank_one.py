@@ -95,6 +95,7 @@ def edit_rank_one(
 
     Source: Meng et al. 2022, arXiv 2202.05262.
     """
+    _check.progress(progress)
     need_model(model)
     how = Descent(steps=steps, learning_rate=learning_rate, until=until, kl_factor=kl_factor,
                   weight_decay=weight_decay, clamp=clamp)  # fmt: skip
@@ -147,14 +148,14 @@ def prepared(model: OpenedModel, rewrites: Any, prefixes: Any, seed: int) -> lis
     Raises:
         ArgumentError: no rewrites, or one twice. PromptError: see `contexts`.
     """
-    given: list[Any] = list(rewrites) if isinstance(rewrites, Iterable) else [rewrites]
+    given: list[Any] = list(rewrites) if _check.iterable(rewrites) else [rewrites]
     if not given or not all(isinstance(one, Rewrite) for one in given):
         raise ArgumentError(message("rewrites", "a resid_surgery.Rewrite or a sequence of them", rewrites))
     texts = [(one.text, one.subject) for one in given]
     if len(set(texts)) < len(texts):
         twice = next(text for text in texts if texts.count(text) > 1)
         raise ArgumentError(message("rewrites", "facts that each stand there once", twice[0]))
-    before = chosen_prefixes(prefixes, _check.whole("seed", seed, 0))
+    before = chosen_prefixes(prefixes, _check.seed(seed))
     return [Fact(one, contexts(model, one, before), essence(model, one, before), before) for one in given]
 
 
@@ -192,7 +193,7 @@ def moments(
         if _check.choice("covariance", given or "ridge", COVARIANCES) == "identity":
             return {layer: SecondMoment(layer, "identity", None) for layer in layers}
         return of_contexts(model, layers, [one for fact in facts for one in (*fact.asked, fact.essence)])
-    listed = list(given) if isinstance(given, Iterable) else [given]
+    listed = list(given) if _check.iterable(given) else [given]
     found = {one.layer: one for one in listed if isinstance(one, SecondMoment)}
     for layer in layers:
         wide = model.anatomy.sizes[layer].d_mlp

@@ -17,7 +17,8 @@ from typing import Any, final
 
 import pandas as pd
 
-from resid_surgery._check import choice, message, whole
+from resid_surgery._check import choice, iterable, message
+from resid_surgery._check import seed as as_seed
 from resid_surgery.editing.probes import Probe, ProbeSet
 from resid_surgery.editing.rewrites import Rewrite
 from resid_surgery.editing.texts import general_probes
@@ -90,7 +91,7 @@ def probes(rewrites: Any = None, *, kinds: Sequence[str] | None = None, seed: in
     Source: Meng et al. 2022 (neighbourhood prompts); Hoelscher-Obermaier et al. 2023 (edit prepended); Cohen et al.
     2023 (criteria of ripple effects and their conditions).
     """
-    seed = whole("seed", seed, 0)
+    seed = as_seed(seed)
     given = _rewrites(rewrites, kinds)
     made: dict[Probe, None] = {}
     missing: list[str] = []
@@ -230,11 +231,14 @@ def _rewrites(given: Any, kinds: Sequence[str] | None) -> tuple[Rewrite, ...]:
     if given is not None:
         if kinds is not None:
             raise ArgumentError("`kinds` chooses among the built-in facts, and so goes with rewrites=None only.")
-        many = (given,) if isinstance(given, Rewrite) else tuple(given) if isinstance(given, Iterable) else (None,)
+        many = (given,) if isinstance(given, Rewrite) else tuple(given) if iterable(given) else (None,)
         if not many or not all(isinstance(one, Rewrite) for one in many):
             raise PromptError(message("rewrites", "a Rewrite or a sequence of them", given))
         return many
-    facts = [fact for kind in (FACT_TYPES if kinds is None else kinds) for fact in load_facts(kind)]
+    wanted = FACT_TYPES if kinds is None else tuple(kinds) if iterable(kinds) else ()
+    if not wanted:
+        raise ArgumentError(message("kinds", "None, or at least one type of facts", kinds))
+    facts = [fact for kind in wanted for fact in load_facts(kind)]
     return tuple(_filled(f.prompt, found, f.competitors[0]) for f in facts if (found := _find(f.prompt)))
 
 

@@ -114,13 +114,14 @@ def spread(
         raise ArgumentError(_check.message("weights, base", "with a sum other than 0", float(whole_below.sum())))
     if error <= 1e-12 * abs(value):
         error = 0.0
-    draw = np.random.default_rng(_check.whole("seed", seed, 0))
-    _check.whole("resamples", resamples, 100)
+    draw = np.random.default_rng(_check.seed(seed))
+    resamples = _check.whole("resamples", resamples, 100)
     if len(sizes) < 2 or not error:
         return Spread(value, error if len(sizes) > 1 else np.inf, len(sizes), len(x), unit, np.empty(0))
     pivots, broken = _pivots(top, below, sizes, value, resamples, draw)
-    rest = (whole_top - value * whole_below) ** 2
-    carried = float(rest.sum() ** 2 / (rest**2).sum())
+    rest = np.abs(whole_top - value * whole_below)
+    shares = (rest / rest.max()) ** 2  # of the largest: fourth powers of tiny residuals are 0
+    carried = float(shares.sum() ** 2 / (shares**2).sum())
     return Spread(value, error, len(sizes), len(x), unit, pivots, carried, broken)
 
 

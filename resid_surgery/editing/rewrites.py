@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any, final
 
-from resid_surgery._check import message
+from resid_surgery._check import message, shown, text
 from resid_surgery.errors import PromptError
 from resid_surgery.models.prompts import Prompt, bind, encode
 
@@ -44,12 +44,13 @@ class Rewrite:
             value = getattr(self, field)
             if value is not None and (not isinstance(value, str) or not value.strip()):
                 raise PromptError(message(field, "a non-empty text or None", value))
+        text("name", self.name, error=PromptError)
         if self.new is None and self.old is None:
             raise PromptError("`new` must be given (the answer that is wanted), or `old` (the answer that is to go).")
         if self.old == self.new:
             raise PromptError(message("new", "another answer than the old one", self.new))
         if self.subject not in self.text:
-            raise PromptError(message("subject", f"a part of the prompt {self.text!r}", self.subject,
+            raise PromptError(message("subject", f"a part of the prompt {shown(self.text)}", self.subject,
                                       do="Write {} in the prompt where the subject stands."))  # fmt: skip
         if self.text != self.text.rstrip():
             raise PromptError(message("prompt", "without a trailing space (the answer brings its own)", self.text))

@@ -21,7 +21,7 @@ from resid_surgery.editing.edits import Edit
 from resid_surgery.errors import ArgumentError
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.taps import Tap
-from resid_surgery.models.tracing import forward, resumable
+from resid_surgery.models.tracing import Restored, forward, resumable
 from resid_surgery.surgery.altering import Altered
 from resid_surgery.surgery.engine import device_of
 
@@ -313,7 +313,7 @@ def _generated(model: OpenedModel, shell: Any, ids: Tensor, tokens: int) -> list
         raise ArgumentError(f"{model.name} has no `generate`, so it cannot be decoded freely.")
     ids = ids.to(device_of(model))
     pad = getattr(shell.generation_config, "pad_token_id", None)
-    with model.lock, torch.no_grad():
+    with model.lock, Restored(), torch.no_grad():
         out = shell.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens,
             pad_token_id=0 if pad is None else pad, **GREEDY,

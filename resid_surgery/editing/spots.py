@@ -79,7 +79,9 @@ class Writes:
         shared: Tensor | float = 1.0
         if self.mixture:
             read = reads[Tap("mlp_read", self.layer)].flatten(0, 1)
-            routed, shared = (model.work(torch.tensor(f))[:, None] for f in mixing(model, self.layer, read))
+            routed, shared = (
+                model.work(torch.tensor(f, dtype=torch.float64))[:, None] for f in mixing(model, self.layer, read)
+            )
         total: Tensor | float = 0.0
         for role, change in self.parts:
             if role.group == "experts":

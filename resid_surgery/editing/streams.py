@@ -104,7 +104,9 @@ def _at_checkpoint(q: Inquiry, subject: WeightsSubject, so_far: Edit, table: pd.
     if texts:
         passages = [text_passage(q.model, p.text, q.budget.text_tokens) for p in texts]
         before = torch.cat([one.nll for one in q.base.figures(passages)])
-        row["perplexity_ratio"] = float(torch.tensor(likelihood_of(subject, passages) - float(before.nanmean())).exp())
+        row["perplexity_ratio"] = float(
+            torch.tensor(likelihood_of(subject, passages) - float(before.nanmean()), dtype=torch.float64).exp()
+        )
     return row
 
 

@@ -85,7 +85,9 @@ def validate(
         ArgumentError: the edit changes no weight; unknown budget or gate. StaleRecordingError: it was made for other
             weights. PromptError: a probe cannot be used with the model's tokenizer.
     """
+    _check.progress(progress)
     need_model(model)
+    seed, general = _check.seed(seed), _check.flag("general", general)
     limits = policy if isinstance(policy, Policy) else Policy().but(policy)
     size = budget_of(budget)
     stream = list(edit) if isinstance(edit, (list, tuple)) else None

@@ -41,6 +41,7 @@ from resid_surgery.surgery.interventions import Intervention, Mean
 from resid_surgery.surgery.resolving import resolve
 
 BLAMED = ("neuron", "head_source")
+MOST_DRAWS = 10_000
 
 
 @final
@@ -232,14 +233,17 @@ def blame(
     Source: ledger and subvalues: Yu & Ananiadou, arXiv 2312.12141; differences of logits: Wang et al. 2022,
         arXiv 2211.00593 (whose minimality is of circuits). The search is this library's own.
     """
+    _check.progress(progress)
     be_recording(rec)
     model = rec.model
     ids = _blamed(rec, wrong, right)
     _check.choice("until", until, UNTIL)
     _check.choice("climb", climb, CLIMB)
-    _check_sizes(k=(k, 1), readers=(readers, 0), top=(top, 1), pool=(pool, 1), limit=(limit, 1), draws=(draws, 0),
-                 seed=(seed, 0))  # fmt: skip
-    _check.whole("budget", budget, draws + 2, do="One candidate, the whole set and the control take that many rows.")
+    k, readers, top = (_check.whole("k", k, 1), _check.whole("readers", readers, 0), _check.whole("top", top, 1))
+    pool, limit, seed = _check.whole("pool", pool, 1), _check.whole("limit", limit, 1), _check.seed(seed)
+    draws = _check.whole("draws", draws, 0, MOST_DRAWS)
+    do = "One candidate, the whole set and the control take that many rows."
+    budget = _check.whole("budget", budget, draws + 2, do=do)
     blamed = _kinds(rec, kinds)
     donors = _donors(rec, over, blamed)
     need_recording(rec)
@@ -289,14 +293,9 @@ def _blamed(rec: Recording, wrong: Any, right: Any) -> tuple[int, int]:
     return w, r
 
 
-def _check_sizes(**sizes: tuple[Any, int]) -> None:
-    for name, (value, least) in sizes.items():
-        _check.whole(name, value, least)
-
-
 def _kinds(rec: Recording, given: Any) -> list[str]:
     """The kinds of candidates that are asked for and that the recording has."""
-    names = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    names = [given] if isinstance(given, str) or not _check.iterable(given) else list(given)
     wanted = [_check.choice("kinds", one, BLAMED) for one in names]
     layers = range(rec.model.anatomy.n_layers)
     found = [kind for kind in BLAMED if kind in wanted and any(candidates(rec, kind, layer) for layer in layers)]

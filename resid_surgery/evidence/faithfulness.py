@@ -54,7 +54,7 @@ def faithfulness(graph: SourceGraph, *, positions: str = "target", over: Any = N
     if not isinstance(graph, SourceGraph):
         raise ArgumentError(_check.message("graph", "a graph from resid_surgery.source_graph", graph))
     _check.choice("positions", positions, ("target", "all"))
-    _check.whole("seed", seed, 0)
+    seed = _check.seed(seed)
     t = graph.rec.prompt.position
     where = [t] if positions == "target" else list(range(t + 1))
     graph.rec.require_fresh()

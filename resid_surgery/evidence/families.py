@@ -14,7 +14,7 @@ from typing import Any, final
 import pandas as pd
 import torch
 
-from resid_surgery._check import choice
+from resid_surgery._check import choice, iterable, message, shown
 from resid_surgery.errors import ArgumentError, UnsupportedModelError
 from resid_surgery.evidence.check import check
 from resid_surgery.models.anatomy import Anatomy
@@ -68,12 +68,16 @@ def check_families(
     """
     choice("dtype", dtype, tuple(_DTYPES))
     known = causal_types()
-    wanted = list(known if types is None else types)
+    wanted: list[Any] = list(known) if types is None else list(types) if iterable(types) else [types]
+    if not wanted:
+        raise ArgumentError(message("types", "None, or at least one causal-LM type", types))
+    if each is not None and not callable(each):
+        raise ArgumentError(message("each", "None, or a function of a type's name", each))
     for name in wanted:
         if name not in known:
             raise ArgumentError(
-                f"`types` must be causal-LM types that transformers registers; got {name!r}. There are {len(known)}, "
-                "for example " + ", ".join(known[:: max(1, len(known) // 6)]) + "."
+                f"`types` must be causal-LM types that transformers registers; got {shown(name)}. "
+                f"There are {len(known)}, for example " + ", ".join(known[:: max(1, len(known) // 6)]) + "."
             )
     rows = []
     for name in wanted:

@@ -126,7 +126,7 @@ def source_graph(
     Source: Yu & Ananiadou, arXiv 2312.12141; Elhage et al. 2021.
     """
     _check.choice("grain", grain, GRAINS)
-    _check.whole("nodes", nodes, 2)
+    nodes = _check.whole("nodes", nodes, 2)
     be_recording(rec)
     competitors = need_readout(rec, readout, versus)
     if rec.prompt.position:

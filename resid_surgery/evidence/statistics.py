@@ -9,6 +9,8 @@ import pandas as pd
 from resid_surgery import _check
 from resid_surgery.errors import ArgumentError
 
+MOST_RESAMPLES = 1_000_000
+
 
 def bootstrap(
     table: pd.DataFrame,
@@ -42,14 +44,15 @@ def bootstrap(
 
     Source: Efron 1987 (BCa intervals); computed by scipy.
     """
-    groups = [by] if isinstance(by, str) else list(by)
+    groups = _names("by", by)
     if not isinstance(table, pd.DataFrame):
         raise ArgumentError(_check.message("table", "a DataFrame", type(table).__name__))
-    for name in (*groups, value, unit, *(against or {})):
+    if against is not None and not isinstance(against, Mapping):
+        raise ArgumentError(_check.message("against", "None, or a mapping from columns to levels", against))
+    value, unit = _check.text("value", value), _check.text("unit", unit)
+    for name in (*groups, value, unit, *_names("against", list(against or {}))):
         if name not in table:
-            raise ArgumentError(
-                _check.message("by, value, unit, against", f"columns of the table, as {name!r} is not", name)
-            )
+            raise ArgumentError(_check.message("by, value, unit, against", "columns of the table", name))
     twice = len({*groups, unit, value}) != len(groups) + 2 or {"mean", "low", "high", "n"} & set(groups)
     if not groups or twice or not pd.api.types.is_numeric_dtype(table[value]):
         raise ArgumentError(
@@ -59,8 +62,7 @@ def bootstrap(
                 (groups, unit, value),
             )
         )
-    _check.whole("resamples", resamples, 100)
-    _check.whole("seed", seed, 0)
+    resamples, seed = _check.whole("resamples", resamples, 100, MOST_RESAMPLES), _check.seed(seed)
     if not 0 < _check.finite("confidence", confidence) < 1:
         raise ArgumentError(_check.message("confidence", "between 0 and 1", confidence))
     for name, level in (against or {}).items():
@@ -87,6 +89,13 @@ def bootstrap(
             _check.message("against", must, dict(against), do="Leave out of `by` what they do not have.")
         )
     return pd.DataFrame(out).astype({name: table[name].dtype for name in groups})
+
+
+def _names(name: str, given: Any) -> list[str]:
+    found: list[Any] = [given] if isinstance(given, str) else list(given) if _check.iterable(given) else [None]
+    if not all(isinstance(one, str) for one in found):
+        raise ArgumentError(_check.message(name, "names of columns", given))
+    return found
 
 
 def _counterpart(cells: pd.DataFrame, wanted: Mapping[str, Any], groups: list[str]) -> pd.DataFrame:

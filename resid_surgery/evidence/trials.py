@@ -31,6 +31,7 @@ from resid_surgery.surgery.interventions import Zero
 from resid_surgery.surgery.sweeping import sweep
 
 TEN = {"10 neurons": {"neuron": 10}, "10 attention neurons": {"attn_neuron": 10}}
+MOST_DRAWS = 10_000
 WRITERS = {"neuron": ("mlp",), "layer": ("attn", "mlp")}
 RANDOM, EVERYTHING, NOTHING = "random", "everything", "nothing"
 
@@ -70,10 +71,11 @@ def addition_test(
 
     Source: Yu & Ananiadou, arXiv 2312.12141 v1, Table 1.
     """
+    _check.progress(progress)
     bound, wanted, shown = _prepared(model, prompts, scores, norm, progress)
     _check.choice("kind", kind, KINDS)
-    _check.whole("k", k, 1)
-    _check.whole("seed", seed, 0)
+    k = _check.whole("k", k, 1)
+    seed = _check.seed(seed)
     frames = []
     with progress_bar("addition test", len(bound), shown=shown) as step:
         for number, one in enumerate(bound):
@@ -158,11 +160,12 @@ def ablation_test(
 
     Source: Yu & Ananiadou, EMNLP 2024 (arXiv 2312.12141 v4), Table 2.
     """
+    _check.progress(progress)
     bound, wanted, shown = _prepared(model, prompts, scores, norm, progress)
-    _check.whole("draws", draws, 0)
-    _check.whole("seed", seed, 0)
+    draws = _check.whole("draws", draws, 0, MOST_DRAWS)
+    seed = _check.seed(seed)
     _check_sets(sets)
-    places = [positions] if isinstance(positions, str) or not isinstance(positions, Iterable) else list(positions)
+    places = [positions] if isinstance(positions, str) or not _check.iterable(positions) else list(positions)
     for place in places:
         _check.choice("positions", place, ("target", "all"))
     if not places:

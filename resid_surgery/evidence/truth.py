@@ -59,16 +59,16 @@ def score_against_effect(
 
     Source: effect of zeroing as in Yu & Ananiadou, arXiv 2312.12141, section 5, here for every neuron.
     """
+    _check.progress(progress)
     wanted = check_scores(scores, norm)
     query = Query.of(rec, kind, norm, None, also=also)
     if isinstance(scores, str) and scores == "all" and not query.versus:
         wanted = [one for one in wanted if one.name not in CONTRASTS]
     need_competitors(rec.model, wanted, query.versus)
     _check.choice("positions", positions, ("target", "all"))
-    _check.whole("seed", seed, 0)
-    for name, value in (("best", best), ("random", random)):
-        if value is not None:
-            _check.whole(name, value, 0, query.count, model=rec.model.name)
+    seed = _check.seed(seed)
+    best, random = (None if value is None else _check.whole(name, value, 0, query.count, model=rec.model.name)
+                    for name, value in (("best", best), ("random", random)))  # fmt: skip
     if (best is not None or random is not None) and not (best or 0) + (random or 0):
         raise ArgumentError(_check.message("best, random", "more than 0 together, or both None", (best, random)))
     sampled = best is not None or random is not None

@@ -98,8 +98,8 @@ def verify(graph: SourceGraph, *, edges: int | None = 50, seed: int = 0, remote:
     if not isinstance(graph, SourceGraph):
         raise ArgumentError(_check.message("graph", "a graph from resid_surgery.source_graph", graph))
     if edges is not None:
-        _check.whole("edges", edges, 1)
-    _check.whole("seed", seed, 0)
+        edges = _check.whole("edges", edges, 1)
+    seed = _check.seed(seed)
     graph.rec.require_fresh()
     skipped: dict[str, int] = {}
     able = []

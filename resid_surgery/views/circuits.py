@@ -7,8 +7,9 @@ import pandas as pd
 from resid_surgery._check import message, whole
 from resid_surgery.errors import ArgumentError
 from resid_surgery.evidence.graphs import SourceGraph
-from resid_surgery.views.figures import axes_of, convention, need_columns
+from resid_surgery.views.figures import convention, need_columns
 from resid_surgery.views.lettering import plain, quoted
+from resid_surgery.views.plots import axes_of
 from resid_surgery.views.shading import Shades, largest, show_cells, write_cells
 
 if TYPE_CHECKING:

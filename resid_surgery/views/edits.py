@@ -6,7 +6,8 @@ import pandas as pd
 
 from resid_surgery._check import message
 from resid_surgery.errors import ArgumentError
-from resid_surgery.views.figures import axes_of, need_columns
+from resid_surgery.views.figures import need_columns
+from resid_surgery.views.plots import axes_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,7 @@ import pandas as pd
 from resid_surgery._check import message
 from resid_surgery.errors import ArgumentError
 from resid_surgery.views.lettering import plain, series
-from resid_surgery.views.plots import pyplot_module
+from resid_surgery.views.plots import axes_of
 from resid_surgery.views.shading import MARKS, STYLES
 
 if TYPE_CHECKING:
@@ -140,15 +140,11 @@ def need_columns(table: Any, *columns: str) -> None:
     """Refuse what is no table with these columns."""
     if not isinstance(table, pd.DataFrame):
         raise ArgumentError(message("table", "a DataFrame", type(table).__name__))
+    if odd := [one for one in columns if not isinstance(one, str)]:
+        raise ArgumentError(message("table", "drawn by names of columns", odd[0]))
     missing = [name for name in columns if name not in table]
     if missing:
         raise ArgumentError(message("table", f"one with the columns {', '.join(columns)}", list(table.columns)))
-
-
-def axes_of(ax: "Axes | None", wide: float, high: float) -> "Axes":
-    """Where to draw: the Axes given, or a new figure's."""
-    pyplot = pyplot_module()
-    return pyplot.subplots(figsize=(wide, high), layout="constrained")[1] if ax is None else ax
 
 
 def need_numbers(table: pd.DataFrame, *columns: str) -> None:

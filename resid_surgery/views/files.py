@@ -1,13 +1,14 @@
 """Writing results: CSV tables and a picture, each file whole or not at all."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from resid_surgery._check import message
+from resid_surgery._check import path as path_of
 from resid_surgery._files import whole
 from resid_surgery.errors import ArgumentError
 from resid_surgery.evidence.operating import Operated
@@ -75,11 +76,9 @@ def save_results(
     Raises:
         ArgumentError: the folder cannot be written; a name is no file's name.
     """
-    place = check_out(Path(folder), "folder")
-    figures, texts = figures or {}, texts or {}
-    for name in (*tables, *figures, *texts):
-        if not isinstance(name, str) or not name or Path(name).name != name:
-            raise ArgumentError(message("tables, figures, texts", "named as files can be", name))
+    figures, texts = {} if figures is None else figures, {} if texts is None else texts
+    _require_results(tables, figures, texts)
+    place = check_out(path_of("folder", folder, "a folder"), "folder")
     files = [whole(place / f"{name}.csv", lambda path, t=table: t.to_csv(path, index=False))  # type: ignore[misc]
              for name, table in tables.items()]  # fmt: skip
     for name, drawn in figures.items():
@@ -91,3 +90,20 @@ def save_results(
     for name, words in texts.items():
         files.append(whole(place / name, lambda path, t=words: path.write_text(t, encoding="utf-8")))  # type: ignore[misc]
     return files
+
+
+def _require_results(tables: Any, figures: Any, texts: Any) -> None:
+    """Refuse, before anything is written, what is no results under names of files."""
+    kinds: tuple[tuple[str, Any, str, Callable[[Any], bool]], ...] = (
+        ("tables", tables, "DataFrames", lambda one: isinstance(one, pd.DataFrame)),
+        ("figures", figures, "Axes or Figures", lambda one: hasattr(getattr(one, "figure", one), "savefig")),
+        ("texts", texts, "texts", lambda one: isinstance(one, str)),
+    )
+    for name, given, what, good in kinds:
+        if not isinstance(given, Mapping):
+            raise ArgumentError(message(name, f"a mapping from names to {what}", given))
+        for key, one in given.items():
+            if not isinstance(key, str) or key != Path(path_of(name, key, "named as files can be")).name:
+                raise ArgumentError(message(name, "named as files can be", key))
+            if not good(one):
+                raise ArgumentError(message(f"{name}[{key!r}]", f"among {what}", one))

@@ -10,8 +10,9 @@ from resid_surgery._check import choice, message, whole
 from resid_surgery.addresses import parse_site
 from resid_surgery.errors import ArgumentError
 from resid_surgery.sites import HeadSource
-from resid_surgery.views.figures import axes_of, need_columns, need_numbers
+from resid_surgery.views.figures import need_columns, need_numbers
 from resid_surgery.views.lettering import plain, quoted, spaced
+from resid_surgery.views.plots import axes_of
 from resid_surgery.views.shading import Shades, decimals, largest, number, room, show_cells, write_cells
 
 if TYPE_CHECKING:

@@ -29,11 +29,10 @@ def plot_stream(stream: pd.DataFrame, *, marked: Sequence[Site] = (), ax: "Axes 
     Raises:
         ArgumentError: matplotlib is not installed, or the table is not from `stream_bs`.
     """
-    pyplot = pyplot_module()
+    pyplot_module()
     if not {"step", "bs_value", "token", "token_id", "role"} <= set(getattr(stream, "columns", ())):
         raise ArgumentError(message("stream", "a table from resid_surgery.stream_bs", type(stream).__name__))
-    if ax is None:
-        _, ax = pyplot.subplots(figsize=(10, 5.2), layout="constrained")
+    ax = axes_of(ax, 10, 5.2)
     target = stream[stream["role"] == "target"]
     for i, (_, curve) in enumerate(stream.groupby("token_id", sort=False)):  # two tokens may have one text
         name = quoted(curve["token"].iloc[0])
@@ -91,7 +90,7 @@ def plot_grid(
     Raises:
         ArgumentError: matplotlib is not installed, or the table has no such columns.
     """
-    pyplot = pyplot_module()
+    pyplot_module()
     if not isinstance(table, pd.DataFrame):
         raise ArgumentError(message("table", "a table from resid_surgery.sweep", type(table).__name__))
     if columns is None:
@@ -104,9 +103,8 @@ def plot_grid(
         raise ArgumentError(message("value", "a column of numbers", value))
     cells = table.pivot_table(index=rows, columns=columns, values=value, aggfunc="mean").sort_index()
     values = cells.to_numpy(dtype=float)
-    if ax is None:
-        wide, high = (min(14.0, 2.4 + 0.42 * values.shape[1]), min(10.0, 1.6 + 0.22 * values.shape[0]))
-        _, ax = pyplot.subplots(figsize=(max(5.0, wide), max(3.0, high)), layout="constrained")
+    wide, high = (min(14.0, 2.4 + 0.42 * values.shape[1]), min(10.0, 1.6 + 0.22 * values.shape[0]))
+    ax = axes_of(ax, max(5.0, wide), max(3.0, high))
     shades = Shades.of(values)
     show_cells(ax, values, shades, label=_UNITS.get(value, plain(value)))
     written = values.size if values.shape[0] <= 40 and values.shape[1] <= 12 else 12
@@ -131,6 +129,17 @@ _UNITS = {
     "direct": "direct effect on the target's logit",
     "kl": "KL(clean || row), nats",
 }
+
+
+def axes_of(ax: "Axes | None", wide: float, high: float) -> "Axes":
+    """Where to draw: the Axes given, or a new figure's."""
+    pyplot = pyplot_module()
+    if ax is None:
+        made: Axes = pyplot.subplots(figsize=(wide, high), layout="constrained")[1]
+        return made
+    if not hasattr(ax, "get_figure"):
+        raise ArgumentError(message("ax", "matplotlib Axes, or None", ax))
+    return ax
 
 
 def pyplot_module() -> Any:

@@ -6,8 +6,9 @@ import pandas as pd
 
 from resid_surgery._check import message
 from resid_surgery.errors import ArgumentError
-from resid_surgery.views.figures import axes_of, convention, need_columns, need_numbers, plot_layers
+from resid_surgery.views.figures import convention, need_columns, need_numbers, plot_layers
 from resid_surgery.views.lettering import plain, quoted, series
+from resid_surgery.views.plots import axes_of
 from resid_surgery.views.shading import MARKS, MINUS, STYLES
 
 if TYPE_CHECKING:

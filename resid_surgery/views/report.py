@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from resid_surgery._check import message
+from resid_surgery._check import path as path_of
 from resid_surgery._files import write_whole
 from resid_surgery._html import cell_text
 from resid_surgery.attribution.locating import Located
@@ -63,9 +64,7 @@ def write_report(value: Any, path: Any, *, interactive: bool = True) -> Path:
         ArgumentError: another value or suffix; a package is missing. LoadError: it cannot be written.
         StaleRecordingError: a recording whose model's weights have changed since.
     """
-    place = Path(path)
-    if place.suffix not in (".html", ".htm"):
-        raise ArgumentError(message("path", "a file name that ends in .html", str(place)))
+    place = path_of("path", path, "a file name that ends in .html", suffix=(".html", ".htm"))
     text = report_html(value, interactive=interactive)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,9 @@ import pandas as pd
 
 from resid_surgery._check import finite, message, whole
 from resid_surgery.errors import ArgumentError
-from resid_surgery.views.figures import axes_of, convention, need_columns, need_numbers
+from resid_surgery.views.figures import convention, need_columns, need_numbers
 from resid_surgery.views.lettering import plain
+from resid_surgery.views.plots import axes_of
 from resid_surgery.views.shading import MINUS, decimals, number
 
 if TYPE_CHECKING:
