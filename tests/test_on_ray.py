@@ -132,6 +132,7 @@ def test_killed_workers_change_no_row_and_a_group_that_kills_every_worker_is_rec
     assert_same(local, out)
 
 
+@pytest.mark.filterwarnings("ignore:.*no readable tokenizer")
 def test_a_local_run_goes_on_with_a_model_read_from_its_folder(cluster: Any, tmp_path: Path) -> None:
     build("llama", torch.float32).save_pretrained(tmp_path / "model")
     model = rs.load(tmp_path / "model")
@@ -147,6 +148,7 @@ def test_a_local_run_goes_on_with_a_model_read_from_its_folder(cluster: Any, tmp
     assert "OnRay(workers=1" in manifest["sessions"][-1]["executor"]
 
 
+@pytest.mark.filterwarnings("ignore:.*no readable tokenizer")
 def test_workers_that_read_other_weights_are_refused(cluster: Any, tmp_path: Path) -> None:
     build("llama").save_pretrained(tmp_path / "model")
     model = rs.load(tmp_path / "model")
@@ -258,6 +260,7 @@ def test_where_models_go() -> None:
     assert "secret" not in repr(OnRay(runtime_env={"env_vars": {"TOKEN": "secret"}}))
 
 
+@pytest.mark.filterwarnings("ignore:.*no readable tokenizer")
 def test_a_model_is_read_again_unless_it_changed_in_memory(tmp_path: Path) -> None:
     build("llama", torch.float32).save_pretrained(tmp_path / "model")
     model = rs.load(tmp_path / "model")

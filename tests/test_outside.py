@@ -175,6 +175,7 @@ def test_folders_and_opened_models_are_read(tmp_path, monkeypatch):
     assert str(tmp_path) not in str(edit.about)
 
 
+@pytest.mark.filterwarnings("ignore:.*no readable tokenizer")
 def test_a_sharded_folder_and_one_that_is_untied(tmp_path):
     module = fresh()
     base, after = rs.load(module), tuned(module)
@@ -392,6 +393,7 @@ def test_an_adapter_is_what_peft_merges(family, options, tmp_path):
     assert edit.method == "from_peft"
 
 
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")  # peft, of models that the test makes on purpose
 def test_whole_modules_and_biases_are_compared_with_the_bases(tmp_path):
     module = fresh()
     base = rs.load(module)
@@ -408,6 +410,7 @@ def test_whole_modules_and_biases_are_compared_with_the_bases(tmp_path):
         near(edit, base, base_logits(merged), merged)
 
 
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")  # peft, of models that the test makes on purpose
 def test_an_adapter_on_one_of_two_tied_tensors_acts_there_only(tmp_path):
     """PEFT's merging writes into the shared tensor; the adapter itself acts on the embedding alone."""
     module = fresh()
@@ -421,6 +424,7 @@ def test_an_adapter_on_one_of_two_tied_tensors_acts_there_only(tmp_path):
         near(edit, base, logits)
 
 
+@pytest.mark.filterwarnings("ignore:Adapter .* have invalid shape")  # peft, reading what it wrote
 @pytest.mark.parametrize(
     ("options", "why"),
     [

@@ -218,6 +218,7 @@ def test_another_place_is_refused(where):
         rs.record(shared("llama"), FACT, remote=where)
 
 
+@pytest.mark.filterwarnings("ignore:.*no readable tokenizer")
 def test_what_no_server_knows_by_name_is_refused_before_anything_is_sent(requests, tmp_path):
     module = build("llama")
     with pytest.raises(rs.UnsupportedModelError, match="cannot run remotely: it was not read from the hub"):

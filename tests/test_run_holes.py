@@ -91,6 +91,7 @@ def test_levels_of_truths_on_the_command_line():
         LEVELS["bool"]("yes")
 
 
+@pytest.mark.filterwarnings("ignore:.*no readable tokenizer")
 def test_a_model_folder_that_was_moved_is_the_same_model(tmp_path):
     tiny = rs.tiny("llama")
     for name in ("here", "there"):
