@@ -67,7 +67,7 @@ def good(folder: Path, own: Path) -> dict[str, list[Any]]:
         "recipe": [folder / "recipe.py"],
         "run": [folder / "plan.json", "--out", own / "run", "--prompts", folder / "cases.jsonl"],
         "status": [folder / "run"],
-        "resume": [folder / "run"],
+        "resume": [folder / "run", "--model", "tiny"],
         "locate": [*ASKED, "-k", 2],
         "locate-many": ["--prompts", folder / "cases.jsonl", "-k", 2],
         "scores": [*ASKED, "--kind", "layer"],
