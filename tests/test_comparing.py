@@ -719,7 +719,7 @@ def test_exposure_of_the_last_layer_ranks_the_measured_kl() -> None:
 def test_exposure_against_kl_refuses_what_it_cannot_use() -> None:
     model = opened("llama")
     edit = changed(model, [DOWN.format(2)])
-    with pytest.raises(ArgumentError, match="`texts` must be at least one text"):
+    with pytest.raises(ArgumentError, match="`texts` must be a sequence of texts, none of them empty; got"):
         exposure_against_kl(model, edit, [])
     with pytest.raises(ArgumentError, match="`edit` must be an Edit"):
         exposure_against_kl(model, "edit", [some(20)])  # type: ignore[arg-type]

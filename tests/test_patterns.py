@@ -128,7 +128,7 @@ def test_sinks_and_windows_count_as_the_model_counts_them():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (dict(n=0), "`n` must be a whole number >= 1"),
+        (dict(n=0), "`n` must be a whole number in 1..100000"),
         (dict(seed=-1), "`seed`"),
         (dict(lengths=(5, 4)), r"`lengths` must be \(least, greatest\)"),
         (dict(lengths=5), r"`lengths` must be \(least, greatest\)"),
