@@ -102,20 +102,29 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def no_forwards(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Called when what is good has been made: from then on every forward ends the call."""
+def no_forwards(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Called when what is good has been made: from then on every forward ends the call.
+
+    A tree that is traced for the first time meanwhile keeps the forward that it found: it must be good again later.
+    """
+    ending = []
 
     def stop() -> None:
+        ending.append(True)
         for cls in (transformers.LlamaForCausalLM, transformers.LlamaModel, transformers.GPTNeoXForCausalLM):
-            real = cls.forward
+            monkeypatch.setattr(cls, "forward", ends_or(cls.forward))
 
-            @functools.wraps(real)
-            def ends(*args: Any, **kwargs: Any) -> Any:
+    def ends_or(real: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(real)
+        def ends(*args: Any, **kwargs: Any) -> Any:
+            if ending:
                 raise Ran
+            return real(*args, **kwargs)
 
-            monkeypatch.setattr(cls, "forward", ends)
+        return ends
 
-    return stop
+    yield stop
+    ending.clear()
 
 
 def called(name: str, bench: Bench) -> tuple[Callable[..., Any], dict[str, Any]]:

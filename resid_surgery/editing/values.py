@@ -48,15 +48,17 @@ class Descent:
     clamp: float = 4.0
 
     def __post_init__(self) -> None:
-        _check.whole("steps", self.steps, 1)
+        object.__setattr__(self, "steps", _check.whole("steps", self.steps, 1))
         for name, low, high in (("learning_rate", 0.0, None), ("until", 0.0, 1.0), ("clamp", 0.0, None)):
             value = _check.finite(name, getattr(self, name))
             if value <= low or (high is not None and value > high):
                 span = f"a number > {low:g}" + ("" if high is None else f" and <= {high:g}")
                 raise ArgumentError(_check.message(name, span, value))
+            object.__setattr__(self, name, value)
         for name in ("kl_factor", "weight_decay"):
-            if _check.finite(name, getattr(self, name)) < 0:
-                raise ArgumentError(_check.message(name, "a number >= 0", getattr(self, name)))
+            if (value := _check.finite(name, getattr(self, name))) < 0:
+                raise ArgumentError(_check.message(name, "a number >= 0", value))
+            object.__setattr__(self, name, value)
 
 
 @final
