@@ -676,7 +676,7 @@ def no_forward(monkeypatch: Any) -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     (dict(layer=3), "`layer` must be a whole number in -3..2 for LlamaForCausalLM; got 3."),
     (dict(steps=0), "`steps` must be a whole number >= 1"),
-    (dict(seed=-1), "`seed` must be a whole number >= 0"),
+    (dict(seed=-1), "`seed` must be a whole number in 0"),
     (dict(prefixes="x"), "`prefixes` must be None or a sequence of texts"),
     (dict(corpus="a text"), "`corpus` must be a sequence of non-empty texts"),
     (dict(corpus=[]), "`corpus` must be a sequence of non-empty texts"),

@@ -826,13 +826,13 @@ BAD = {
     "the target against itself": (lambda g: source_graph(g.rec, versus=TARGET), ArgumentError, "distinct tokens other"),
     "no token": (lambda g: source_graph(g.rec, versus=10**6), PromptError, "versus"),
     "no edges": (lambda g: verify(g, edges=0), ArgumentError, "`edges` must be a whole number >= 1; got 0"),
-    "a seed": (lambda g: verify(g, seed=-1), ArgumentError, "`seed` must be a whole number >= 0; got -1"),
+    "a seed": (lambda g: verify(g, seed=-1), ArgumentError, "`seed` must be a whole number in 0.*; got -1"),
     "positions": (
         lambda g: faithfulness(g, positions=[1]),
         ArgumentError,
         "`positions` must be one of target, all; got",
     ),
-    "no seed": (lambda g: faithfulness(g, seed=0.5), ArgumentError, "`seed` must be a whole number >= 0; got 0.5"),
+    "no seed": (lambda g: faithfulness(g, seed=0.5), ArgumentError, "`seed` must be a whole number in 0.*; got 0.5"),
     "means of nothing": (lambda g: faithfulness(g, over=[]), ArgumentError, "`over` must be at least one recording or"),
     "a mean of one": (lambda g: faithfulness(g, over=g.rec), ArgumentError, "`over` must be a sequence of recordings"),
 }
