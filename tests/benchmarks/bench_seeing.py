@@ -85,8 +85,8 @@ def slider(page: Page, url: str, forward: float, moves: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--moves", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--moves", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if found is None:
