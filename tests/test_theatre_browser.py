@@ -127,9 +127,10 @@ def reading(page: Any, text: str = TEXT, target: str = " Paris", versus: Any = V
     """Type a prompt and read it."""
     page.get_by_label("Prompt, ending").fill(text)
     page.get_by_label("Target token").fill(target)
-    for one in versus:
+    for i, one in enumerate(versus, 1):
         page.get_by_label("Competitors").fill(one)
         page.get_by_label("Competitors").press("Enter")
+        api.expect(page.locator(".q-chip")).to_have_count(i)  # it appears when the server has taken it
     page.get_by_role("button", name="Read").click()
     api.expect(page.get_by_test_id("summary")).to_contain_text("Nothing is operated on")
     api.expect(page.get_by_test_id("subvalues").locator("tbody tr")).to_have_count(10)
@@ -367,9 +368,10 @@ def test_it_can_be_played_by_keyboard_alone(page, rec):
     page.keyboard.press("Tab")
     page.keyboard.type(" Paris")
     page.keyboard.press("Tab")
-    for one in VERSUS:
+    for i, one in enumerate(VERSUS, 1):
         page.keyboard.type(one)
         page.keyboard.press("Enter")
+        api.expect(page.locator(".q-chip")).to_have_count(i)
     to(page, "Read")
     page.keyboard.press("Enter")
     api.expect(page.get_by_test_id("subvalues").locator("tbody tr")).to_have_count(10)

@@ -691,6 +691,7 @@ def test_figures_of_other_tables_are_refused(table):
 
 
 def test_results_are_written_whole_and_figures_closed(tmp_path):
+    pyplot.close("all")  # those of other tests
     table = pd.DataFrame({"site": ["L0.N1", " a,b"], "value": [0.1, -1 / 3]})
     axes, figure = rs.plot_layers(pd.DataFrame({"layer": [0, 1], "v": [1.0, 2.0]}), "v"), pyplot.figure()
     files = rs.save_results(

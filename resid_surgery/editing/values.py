@@ -57,7 +57,7 @@ class Descent:
             object.__setattr__(self, name, value)
         for name in ("kl_factor", "weight_decay"):
             if (value := _check.finite(name, getattr(self, name))) < 0:
-                raise ArgumentError(_check.message(name, "a number >= 0", value))
+                raise ArgumentError(_check.message(name, "a number >= 0", getattr(self, name)))
             object.__setattr__(self, name, value)
 
 
