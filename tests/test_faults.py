@@ -88,7 +88,8 @@ def broken(table: Table, name: str, error: type[BaseException]) -> None:
         warnings.simplefilter("error")
         how, what = outcome(lambda: VERBS[name](table))
     if how == "error":
-        assert "injected" in str(what)
+        stopped = name == "run" and str(what).startswith("stopped: ")  # a run says how to go on
+        assert stopped or "injected" in str(what)
         assert isinstance(what, error) or (error is RuntimeError and isinstance(what, ResidSurgeryError)), repr(what)
     else:
         assert name == "run" or error is RuntimeError, "only what is no fault of memory or of the user has a fallback"
@@ -178,6 +179,20 @@ def test_a_fault_at_a_named_stage(table: Table, stage: str) -> None:
                 verb(table)
             assert calls[0] >= at
         assert digest(verb(table)) == first
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad], ids=["no_grad", "enable_grad"])
+@pytest.mark.parametrize("name", VERBS)
+def test_an_interrupt_while_torch_puts_its_grad_mode_back(table: Table, name: str, mode: type) -> None:
+    verb = VERBS[name]
+    verb(table)  # what is made once, and kept, is made
+    with failing(mode, "__exit__", 0, RuntimeError) as calls:
+        first = digest(verb(table))
+    for at in places(calls[0], name):
+        with as_before(table.model), failing(mode, "__exit__", at, KeyboardInterrupt) as struck:
+            broken(table, name, KeyboardInterrupt)
+        assert struck[0] >= at, "nothing was struck"
+    assert not calls[0] or digest(verb(table)) == first
 
 
 def test_an_interrupt_while_nnsight_watches_for_the_body_of_a_trace(table: Table, monkeypatch: Any) -> None:

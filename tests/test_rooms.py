@@ -10,8 +10,8 @@ import resid_surgery
 ROOT = Path(resid_surgery.__file__).parent
 ORDER = {
     "": ["errors", "_check", "_files", "_html", "_progress", "sites", "addresses"],
-    "models": ["zoo", "parts", "experts", "layout", "calls", "ends", "mlps", "wiring", "anatomy", "prompts",
-               "facts", "fingerprint", "kept", "headers", "checkpoints", "devices", "opening", "replacing", "attention",
+    "models": ["modes", "zoo", "parts", "experts", "layout", "calls", "ends", "mlps", "wiring", "anatomy", "prompts",
+               "facts", "fingerprint", "kept", "headers", "checkpoints", "devices", "wrappers", "opening", "replacing", "attention",
                "taps", "remoting", "envoys", "passes", "freezing", "tracing", "settling"],
     "stream": ["records", "recording", "grouping", "elsewhere", "blocks", "kinds", "subvalues", "vocabulary",
                "everywhere", "tables", "closing", "loading", "knowing"],

@@ -19,6 +19,7 @@ from torch import Tensor
 from resid_surgery.errors import ClosureError, UnsupportedModelError
 from resid_surgery.models.attention import AttentionCall
 from resid_surgery.models.envoys import Values
+from resid_surgery.models.modes import GradKept
 from resid_surgery.models.taps import Tap
 from resid_surgery.models.tracing import projected
 from resid_surgery.sites import Site
@@ -161,7 +162,7 @@ def attention_readings(rec: Recording, layer: int, wanted: list[Wanted]) -> list
     states, normed = {p: state_at(rec, layer, p) for p in needed}, _normed(rec, layer, call, leaf)
     found = []
     for one in wanted:
-        with torch.inference_mode(False), torch.enable_grad():
+        with GradKept(), torch.inference_mode(False), torch.enable_grad():
             value, zero = one.phi(call, 0, None), one.phi(call, 1, None)
             gradient = _gradient(rec, layer, value, leaf)
         _need_affine(rec, layer, value, zero, gradient, x)

@@ -19,6 +19,7 @@ from torch import Tensor
 from resid_surgery._check import message
 from resid_surgery.editing.edits import Edit
 from resid_surgery.errors import ArgumentError
+from resid_surgery.models.modes import GradKept
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.taps import Tap
 from resid_surgery.models.tracing import Restored, forward, resumable
@@ -107,7 +108,7 @@ class CallableSubject:
         self.function, self.base, self.name, self.first = function, base, name, 0
 
     def logits(self, ids: Tensor, at: Sequence[int], stream: Tensor | None = None) -> Tensor:
-        with torch.no_grad():
+        with GradKept(), torch.no_grad():
             out = self.function(ids)
         out = getattr(out, "logits", out)
         wanted = (*ids.shape, self.base.vocab_size)

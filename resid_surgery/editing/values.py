@@ -22,6 +22,7 @@ from torch import Tensor
 from resid_surgery import _check
 from resid_surgery.editing.keys import Context, batch, grouped
 from resid_surgery.errors import ArgumentError
+from resid_surgery.models.modes import GradKept
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.taps import Tap
 from resid_surgery.models.tracing import forward, pushed
@@ -95,7 +96,7 @@ class Objective:
 
     def __call__(self, delta: Float[Tensor, " d_model"]) -> tuple[Float[Tensor, " d_model"], dict[str, float]]:
         """(gradient, parts) at delta: loss, nll, kl, decay, prob_new (the first context), prob_lowest (of all)."""
-        with torch.inference_mode(False), torch.enable_grad():
+        with GradKept(), torch.inference_mode(False), torch.enable_grad():
             leaf = delta.detach().clone().double().requires_grad_()
             log_p = torch.zeros(len(self.asked), dtype=torch.float64)
             total = torch.zeros_like(leaf)

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from resid_surgery.errors import UnsupportedModelError, out_of_memory
+from resid_surgery.models.modes import GradKept
 
 
 @final
@@ -83,7 +84,7 @@ def watch(module: nn.Module, ids: Tensor) -> list[Call]:
         handles.append(one.register_forward_pre_hook(before(path), with_kwargs=True))
         handles.append(one.register_forward_hook(after(path), with_kwargs=True))
     try:
-        with torch.no_grad():
+        with GradKept(), torch.no_grad():
             module(input_ids=ids, use_cache=False)
     except Exception as error:
         if out_of_memory(error):

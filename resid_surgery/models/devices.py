@@ -1,13 +1,11 @@
-"""Devices: where a model's parts may lie, as asked for and as found; and what may stand around them.
+"""Devices and dtypes: where a model's parts may lie and in what, as asked for and as found.
 
 A model may be spread over several devices, block by block. What its parts cannot be is elsewhere: offloaded weights
-are in memory only during a forward, and this library reads weights. For the same reason a model is taken out of what
-torch.compile or PEFT put around it; parts that are compiled, or have an adapter beside them, are refused.
+are in memory only during a forward, and this library reads weights.
 """
 
 import importlib.util
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -122,63 +120,3 @@ def unwrap_moves(copied: nn.Module) -> None:
     if hasattr(copied, "hf_device_map") or hasattr(copied, "_hf_hook"):
         for verb in ("to", "cuda", "npu", "mlu", "sdaa", "musa", "xpu"):
             copied.__dict__.pop(verb, None)
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The language model inside what torch.compile and PEFT put around one: its own modules and tensors.
-
-    Raises:
-        UnsupportedModelError: PEFT puts virtual tokens before its prompts.
-    """
-    inner = module._modules.get("_orig_mod")
-    if inner is None and callable(getattr(module, "get_base_model", None)) and hasattr(module, "peft_config"):
-        for name, config in module.peft_config.items():  # type: ignore[operator, union-attr]
-            if getattr(config, "is_prompt_learning", False):
-                raise UnsupportedModelError(
-                    f"{type(module).__name__} puts virtual tokens before every prompt (PEFT adapter {name!r}), which "
-                    "stand for no token and no embedding. It is refused: load its base model."
-                )
-        inner = module.get_base_model()  # type: ignore[operator]
-    return module if inner is None else unwrapped(inner)
-
-
-def require_uncompiled(module: nn.Module, name: str) -> None:
-    """Refuse parts that torch.compile replaced: what runs in them cannot be read."""
-    for path, one in module.named_modules():
-        if "_orig_mod" in one._modules or hasattr(one.__dict__.get("forward"), "_torchdynamo_orig_callable"):
-            raise UnsupportedModelError(
-                f"{path or 'the forward'} of {name} was replaced by torch.compile, so its parts cannot be read. Pass "
-                "the model as it was before, or compile in place: module.compile() leaves its parts as they are."
-            )
-
-
-@contextmanager
-def naming_adapters(module: object) -> Iterator[None]:
-    """In this block a model is refused with its active adapters named, where it has any.
-
-    Raises:
-        UnsupportedModelError: as it was raised, or naming them.
-    """
-    try:
-        yield
-    except UnsupportedModelError as error:
-        paths = _adapted(module) if isinstance(module, nn.Module) else []
-        if not paths:
-            raise
-        named = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-        raise UnsupportedModelError(
-            f"{type(module).__name__} is refused with its adapters, which stand beside the weights of {named}: {error} "
-            "Merge them first (PEFT's merge_adapter or merge_and_unload), or load the base model and take them as an "
-            "edit: rs.Edit.from_peft(base, model)."
-        ) from error
-
-
-def _adapted(module: nn.Module) -> list[str]:
-    """Paths of what PEFT adapts at this moment: neither merged nor switched off."""
-    return [
-        path
-        for path, one in module.named_modules()
-        if hasattr(one, "base_layer")
-        and not getattr(one, "merged", True)
-        and not getattr(one, "disable_adapters", True)
-    ]

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from resid_surgery.models.modes import GradKept
 from resid_surgery.models.parts import LinearMap
 
 
@@ -60,7 +61,7 @@ class Experts:
 
     def coefficient(self, pre: tuple[Tensor, ...]) -> Tensor:
         """Coefficients from pre-activations (gate, up) or (up,), through the module's own activation."""
-        with torch.no_grad():
+        with GradKept(), torch.no_grad():
             if not self.gated:
                 return self.module.act_fn(pre[0])  # type: ignore[no-any-return]
             if not hasattr(self.module, "_apply_gate"):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from resid_surgery.errors import out_of_memory
 from resid_surgery.models.calls import Call, close, flatten, norm_before, same
 from resid_surgery.models.experts import experts_of
+from resid_surgery.models.modes import GradKept
 
 
 @final
@@ -157,21 +158,21 @@ def _halves(call: Call, m: int) -> list[tuple[str, Tensor]]:
 
 def _products(parts: dict[str, Tensor], act: Any) -> Iterator[tuple[tuple[str, ...], Tensor]]:
     """Key names and the coefficients that they would make."""
-    with torch.no_grad():
-        for gate, value in parts.items():
-            try:
+    for gate, value in parts.items():
+        try:
+            with GradKept(), torch.no_grad():
                 on = act(value)
-            except (TypeError, ValueError, RuntimeError) as error:
-                if out_of_memory(error):
-                    raise
-                return  # it takes something else: not this MLP's activation
-            if not isinstance(on, Tensor) or on.shape != value.shape:
-                return
-            if len(parts) == 1:
-                yield (gate,), on
-            for up, other in parts.items():
-                if up != gate:
-                    yield (gate, up), on * other
+        except (TypeError, ValueError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise
+            return  # it takes something else: not this MLP's activation
+        if not isinstance(on, Tensor) or on.shape != value.shape:
+            return
+        if len(parts) == 1:
+            yield (gate,), on
+        for up, other in parts.items():
+            if up != gate:
+                yield (gate, up), on * other
 
 
 def _mixture(unit: Call, routed: Call, within: Sequence[Call], inside: Sequence[Call], tolerance: float) -> Mlp | str:
@@ -182,7 +183,7 @@ def _mixture(unit: Call, routed: Call, within: Sequence[Call], inside: Sequence[
     if call is None or unit.y is None or unit.x is None:
         return "its experts are not called with (states, indices, weights)"
     hidden, index, weight = call
-    with torch.no_grad():
+    with GradKept(), torch.no_grad():
         made = experts.output(hidden, index, weight)
     if routed.y is None or not close(made, routed.y, 10 * tolerance):
         return "its experts do not compute activation(gate, up) through their own tensors"

@@ -24,17 +24,16 @@ from resid_surgery.models.devices import (
     one_device,
     one_dtype,
     require_present,
-    require_uncompiled,
     require_whole_blocks,
     spread_over,
     unwrap_moves,
-    unwrapped,
 )
 from resid_surgery.models.experts import Experts, experts_of
 from resid_surgery.models.fingerprint import Weights
 from resid_surgery.models.layout import BlockLayout, Layout, split_key
 from resid_surgery.models.parts import LinearMap, Norm, attribute, linear_map, require_plain
 from resid_surgery.models.wiring import read_layout
+from resid_surgery.models.wrappers import require_uncompiled, unwrapped
 
 
 class OpenedModel:

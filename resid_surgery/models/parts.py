@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from resid_surgery.errors import UnsupportedModelError, out_of_memory
+from resid_surgery.models.modes import GradKept
 
 
 @final
@@ -99,7 +100,7 @@ def measure_norm(module: nn.Module, d: int, name: str) -> NormForm:
         probe = (torch.linspace(-1.0, 2.0, d, dtype=torch.float64).sin().to(like) * 3 + 0.5).expand(shape)
         small = probe * 0.02  # here eps counts
         try:
-            with torch.no_grad():
+            with GradKept(), torch.no_grad():
                 measured = [module(x[None])[0].double() for x in (probe, small)]
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             if out_of_memory(error):

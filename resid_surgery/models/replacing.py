@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from resid_surgery._check import message
 from resid_surgery.errors import ArgumentError, InterventionError
+from resid_surgery.models.modes import GradKept
 from resid_surgery.models.opening import OpenedModel
 
 
@@ -112,7 +113,7 @@ def _plain(new: Tensor, device: torch.device) -> Tensor:
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Path -> tensor of everything in a module's ``state_dict``; tied tensors stand under each of their paths."""
-    with torch.no_grad():
+    with GradKept(), torch.no_grad():
         return {path: t for path, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
 
 

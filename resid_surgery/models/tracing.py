@@ -5,20 +5,20 @@ which the model reaches them, and runs one nnsight trace over the model's shadow
 detached and cloned. A write is a function of the value found there and of the values read so far.
 """
 
-import sys
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, final
 
 import nnsight
 import torch
-from nnsight.tracing import tracer as nnsight_tracer
+from nnsight.tracing.tracer import dec, inc
 from torch import Tensor
 
 from resid_surgery.errors import ArgumentError, RunError, UnsupportedModelError
 from resid_surgery.models.attention import AttentionCall, attention_call
 from resid_surgery.models.envoys import Values, Write, envoy_at, place_of
 from resid_surgery.models.freezing import FrozenNorm, freeze_norms
+from resid_surgery.models.modes import GradKept
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.passes import Notes, Pass, explained, keeps_logits, refused
 from resid_surgery.models.remoting import asked, hub_name, no_tokenizer, refuse_remote, shipping
@@ -28,24 +28,31 @@ _trace_lock = threading.RLock()
 
 
 @final
-class Restored:
-    """What a trace changes for its thread, as it was: grad mode, trace function, nnsight's depth of traces.
+class Restored(GradKept):
+    """`GradKept` that also ends what nnsight counts as begun traces of this thread, and forgets what they saved.
 
-    torch and nnsight put these back themselves, in Python, where Ctrl-C can come between. It comes but once.
+    nnsight does so itself, in Python, where Ctrl-C can come between; a trace after it would be taken for an inner one.
     """
 
     def __enter__(self) -> None:
-        depth = getattr(nnsight_tracer._local, "depth", 0)
-        self._before = torch.is_grad_enabled(), sys.gettrace(), depth
+        super().__enter__()
+        self._inside = _inside_a_trace()
 
-    def __exit__(self, *_: object) -> None:
-        grad, function, depth = self._before
-        torch.set_grad_enabled(grad)
-        if sys.gettrace() is not function:
-            sys.settrace(function)
-        nnsight_tracer._local.depth = depth
-        if not depth:
-            nnsight_tracer._saves().clear()
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if error[0] is not None and not self._inside:
+            inc()  # the last `dec` forgets what was saved, so that there is one
+            while _inside_a_trace():
+                dec()
+
+
+def _inside_a_trace() -> bool:
+    """Whether nnsight takes this thread to be inside the body of a trace."""
+    try:
+        nnsight.save(None)
+    except ValueError:
+        return False
+    return True
 
 
 def unwrap(source: Any) -> tuple[Any, Any]:
@@ -213,7 +220,7 @@ def pushed(
     kwargs = {"logits_to_keep": torch.tensor(keep, device=ids.device)} if keeps_logits(model) else {}
     with model.lock, _trace_lock, Restored(), torch.inference_mode(False), torch.enable_grad():
         traced, ids, start = _differentiable(model), ids.clone(), None if stream is None else stream.clone()
-        skipped = range(0 if start is None or not _skippable(model) else layer)
+        skipped = range(0 if start is None or not resumable(model) else layer)
         below = [place_of(traced, model, Tap("block_out", i))[0] for i in skipped]
         place, field = place_of(traced, model, Tap("mlp_raw", layer))
         with refused(f"a forward of {model.name} failed", "."), traced.trace(ids, use_cache=False, **kwargs):
@@ -270,7 +277,7 @@ def _attention_alone(traced: Any, model: OpenedModel, tap: Tap, x: Tensor, ids: 
     stream, and what comes after is not run."""
     refuse_remote(model, f"attention of layer {tap.layer} alone", "its inputs and their graph are of this process")
     layer, nothing = tap.layer, torch.zeros_like(x, requires_grad=False)
-    below = [place_of(traced, model, Tap("block_out", i))[0] for i in range(layer)] if _skippable(model) else []
+    below = [place_of(traced, model, Tap("block_out", i))[0] for i in range(layer)] if resumable(model) else []
     read = place_of(traced, model, Tap("attn_read", layer))
     place, field = place_of(traced, model, tap)
     why = ", so what its queries, keys and values read cannot be split."
@@ -284,8 +291,8 @@ def _attention_alone(traced: Any, model: OpenedModel, tap: Tap, x: Tensor, ids: 
     return found[0]
 
 
-def _skippable(model: OpenedModel) -> bool:
-    """Whether a block's output is the stream and nothing else, so that another may stand in for it."""
+def resumable(model: OpenedModel) -> bool:
+    """Whether a forward can start at a block from a recorded stream: a block gives the stream and nothing else."""
     if "skippable" not in model.cache:
         with model.lock, _trace_lock, Restored(), torch.no_grad():
             traced = _traced(model)
@@ -389,8 +396,3 @@ def _traced(model: OpenedModel) -> Any:
     if "traced" not in model.cache:
         model.cache |= {"traced": nnsight.NNsight(shadow), "paths": {}, "mlps": {}}
     return model.cache["traced"]
-
-
-def resumable(model: OpenedModel) -> bool:
-    """Whether a forward can start at a block from a recorded stream: a block gives the stream and nothing else."""
-    return _skippable(model)

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from resid_surgery._check import shown
 from resid_surgery.errors import ResidSurgeryError
+from resid_surgery.models.modes import GradKept
 
 LAYERS = 4
 LOUDNESS = 6.0
@@ -303,7 +304,7 @@ def loud(model: nn.Module) -> None:
         model: freshly initialised; changed in place.
     """
     saved = set(model.state_dict())
-    with torch.no_grad():
+    with GradKept(), torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith(_ROUTING):
                 p.add_(torch.randn_like(p) * 0.1)
@@ -324,7 +325,7 @@ def _constant(values: torch.Tensor) -> bool:
 
 def _settle(model: nn.Module) -> None:
     """Values of the usual size for what the architecture's own initialisation leaves unset, and for expert tables."""
-    with torch.no_grad():
+    with GradKept(), torch.no_grad():
         for p in model.parameters():
             if not torch.isfinite(p).all():
                 p.copy_(torch.randn_like(p) * 0.02)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from resid_surgery.errors import ClosureError
 from resid_surgery.models.envoys import Values
+from resid_surgery.models.modes import GradKept
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import BoundPrompt, Prompt
 from resid_surgery.models.taps import Tap, TapName
@@ -271,7 +272,7 @@ def coefficient_from(
     pre = group.pre_activations if pre_activations is None else pre_activations
     if isinstance(group.expert, int):
         return model.experts(layer).coefficient(pre)
-    with torch.no_grad():
+    with GradKept(), torch.no_grad():
         out: Tensor = model.activation(layer, shared=group.expert == "shared")(pre[0])
         out = out * pre[1] if len(pre) == 2 else out
         if group.expert is None and not plain and model.has(layer, "coef_norm"):

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from resid_surgery.errors import ResidSurgeryError, UnsupportedModelError, out_of_memory
-from resid_surgery.models.devices import naming_adapters
 from resid_surgery.models.layout import Layout
 from resid_surgery.models.opening import OpenedModel, open_model
 from resid_surgery.models.settling import settle
 from resid_surgery.models.tracing import unwrap
+from resid_surgery.models.wrappers import naming_adapters
 from resid_surgery.stream.closing import prove
 from resid_surgery.stream.recording import refuse_surroundings
 

@@ -15,6 +15,7 @@ import torch
 from resid_surgery._check import choice, message, whole
 from resid_surgery.addresses import Edge, parse_site
 from resid_surgery.errors import ArgumentError, InterventionError, SiteError
+from resid_surgery.models.modes import GradKept
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.prompts import token_text
 from resid_surgery.sites import Head, HeadSource, Neuron, Site
@@ -256,7 +257,7 @@ def continued(
             return text(altered.generate(ids, **options)[0].tolist())
     ids = ids.to(device_of(model))
     plain = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": _pad(model)}
-    with model.lock, torch.no_grad():
+    with model.lock, GradKept(), torch.no_grad():
         out = model.module.generate(ids, **plain, **options)  # type: ignore[operator]
     return text(out[0, ids.shape[1] :].tolist())
 
