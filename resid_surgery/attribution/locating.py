@@ -185,7 +185,6 @@ def _each(
         for one in bound:
             rec = record(model, one.source, remote=remote)
             query = Query.of(rec, kind, norm, layers, versus, targets)
-            k = _check.whole("k", k, 1, query.count, model=model.name)
             found = _located(scorer(query, wanted), k, worst=worst, shown=progress)
             del rec, query  # before the next one is recorded
             yield found

@@ -106,9 +106,10 @@ class Effect:
         measured = {split.after.position: split for split in reversed(self.splits)}
         if position is None:
             return self.splits[0].ledger()
-        if index_of(position) not in measured:
+        wanted = index_of(position)
+        if wanted not in measured:
             raise ArgumentError(message("position", f"one of {sorted(measured)}, which were measured", position))
-        return measured[whole("position", position, 0)].ledger()
+        return measured[wanted].ledger()
 
 
 def intervene(
