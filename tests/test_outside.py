@@ -442,6 +442,23 @@ def test_adapters_that_do_more_are_refused(options, why, tmp_path):
         Edit.from_peft(rs.load(module), tmp_path / "adapter")
 
 
+def test_an_adapter_that_transformers_holds_is_read_as_well():
+    module = fresh()
+    base = rs.load(module)
+    holder = copy.deepcopy(module)
+    holder.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, p in holder.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn_like(p) * 0.3)
+    edit = Edit.from_peft(base, holder)
+    near(edit, base, base_logits(holder))
+    assert {c.name for c in edit.changes} == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)}
+    holder.delete_adapter("default")
+    with pytest.raises(ArgumentError, match="a folder that PEFT saved, or a PEFT model"):
+        Edit.from_peft(base, holder)
+
+
 def test_other_adapters_bases_and_states_are_refused(tmp_path):
     module = fresh()
     base = rs.load(module)

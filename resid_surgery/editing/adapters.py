@@ -62,7 +62,9 @@ def adapter_parts(base: OpenedModel, adapter: Any) -> AdapterParts:
     if isinstance(adapter, (str, os.PathLike)):
         return _from_folder(base, as_path("adapter", adapter, "a folder that PEFT saved", home=True))
     if isinstance(adapter, nn.Module) and hasattr(adapter, "peft_config"):
-        return _from_model(base, adapter)
+        active = _active(adapter)
+        if active is not None:
+            return _from_model(base, adapter, active)
     raise ArgumentError(message("adapter", "a folder that PEFT saved, or a PEFT model", adapter))
 
 
@@ -87,8 +89,17 @@ def _from_folder(base: OpenedModel, folder: Path) -> AdapterParts:
     return AdapterParts(tuple(factors), whole)
 
 
-def _from_model(base: OpenedModel, adapter: Any) -> AdapterParts:
-    active = [*adapter.active_adapters] if hasattr(adapter, "active_adapters") else []
+def _active(adapter: Any) -> list[str] | None:
+    """Names of a model's active adapters: of a PEFT model, or of transformers' own model that holds some; None where it
+    holds none any more."""
+    found = getattr(adapter, "active_adapters", None)
+    try:
+        return [*(found() if callable(found) else found or ())]
+    except ValueError:  # transformers: no adapter is loaded
+        return None
+
+
+def _from_model(base: OpenedModel, adapter: Any, active: list[str]) -> AdapterParts:
     for name in active:
         _require_plain(adapter.peft_config[name], started=False)
     factors = []
