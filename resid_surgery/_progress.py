@@ -26,10 +26,12 @@ def progress(what: str, total: int, *, shown: bool | None = None) -> Iterator[Ca
     text("what", what)
     if shown is not None:
         flag("shown", shown)
+    if shown is False or not sys.stderr.isatty():
+        yield lambda name="", *, done=1: None
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
-    hidden = shown is False or not sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
 
         def step(name: str = "", *, done: int = 1) -> None:

@@ -8,7 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jaxtyping
@@ -27,6 +29,27 @@ common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, Heal
 settings.register_profile("ci", max_examples=25, derandomize=True, **common)  # type: ignore[arg-type]
 settings.register_profile("thorough", max_examples=300, **common)  # type: ignore[arg-type]
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def release(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:3] if part.isdecimal())
+
+
+CONSTRAINTS = (Path(__file__).parent.parent / "constraints.txt").read_text().splitlines()
+PINNED = next(release(line.partition("==")[2]) for line in CONSTRAINTS if line.startswith("transformers=="))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """A test of a model type that came after an older transformers is left out there, and only there."""
+    from resid_surgery.models.zoo import NotBuildableError
+
+    try:
+        return (yield)
+    except NotBuildableError as error:
+        if "this transformers registers" in str(error) and release(version("transformers")) < PINNED:
+            pytest.skip(f"transformers {version('transformers')} is older than the type: {error}")
+        raise
 
 
 @pytest.fixture(scope="session")

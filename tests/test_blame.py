@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import families, prompts
 from test_prompts import word_tokenizer
@@ -121,6 +121,7 @@ def test_what_is_reported_is_what_a_fresh_recording_measures(data):
     family, prompt = data.draw(families), data.draw(prompts())
     rec = rs.record(shared(family), prompt)
     right, wrong = sorted(prompt.versus, key=lambda token: float(rec.bs_values[token]))
+    assume(float(rec.bs_values[right]) < float(rec.bs_values[wrong]))  # a tie is nobody's error
     until, climb = data.draw(st.sampled_from(["top", "above"])), data.draw(st.sampled_from(["gap", "log_prob"]))
     kinds = data.draw(st.sampled_from(["neuron", "head_source", ["head_source", "neuron"]]))
     options = {"until": until, "climb": climb, "kinds": kinds, "pool": 4, "limit": 4, "budget": 120, "draws": 1}

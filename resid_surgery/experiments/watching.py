@@ -89,11 +89,13 @@ class Watch:
     @contextmanager
     def shown(self, wanted: bool | None) -> Iterator[None]:
         """A bar on stderr, on a terminal only."""
+        if wanted is False or not sys.stderr.isatty():
+            yield
+            return
         columns = (TextColumn("run"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
                    TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
                    TextColumn("{task.fields[failures]}"))  # fmt: skip
-        hidden = wanted is False or not sys.stderr.isatty()
-        with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             self._bar, self._task = bar, bar.add_task("run", total=self.total, rate="", failures="")
             self._show()
             yield

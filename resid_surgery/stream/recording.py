@@ -368,7 +368,7 @@ def refuse_surroundings() -> None:
     on = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
     if on:
         raise ArgumentError(f"torch.autocast is on for {on[0]}: sums would not close. Leave it, or load with dtype=.")
-    place = torch.get_default_device()
+    place = torch.empty(0).device
     if place.type != "cpu":
         raise ArgumentError(
             f"torch's default device is {place}: tensors of this library would be made there. Set it back with "
