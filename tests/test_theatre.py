@@ -25,7 +25,7 @@ from resid_surgery.errors import ArgumentError, InterventionError, PromptError, 
 from resid_surgery.views import theatre as play
 from resid_surgery.views import theatre_acts as doing
 from resid_surgery.views import theatre_tables as tables
-from resid_surgery.views.theatre_guard import HEADERS, LOOPBACK, Guard, loopback, refusal
+from resid_surgery.views.theatre_guard import HEADERS, LOOPBACK, Guard, loopback, new_key, refusal
 from resid_surgery.views.theatre_line import Line, SupersededError
 from resid_surgery.views.theatre_recipe import load_text, recipe
 from resid_surgery.views.theatre_server import bound, theatre
@@ -544,14 +544,62 @@ def test_the_guard_passes_on_marks_and_refuses():
     async def send(message: Any) -> None:
         sent.append(message)
 
-    for one in (scope(host=OURS), scope(host="evil"), scope("websocket", host="evil"), {"type": "lifespan"}):
-        asyncio.run(Guard(inner)(one, None, send))
+    own = scope(host=OURS, cookie="a=1; resid-surgery-8420=secret")
+    for one in (own, scope(host="evil"), scope("websocket", host="evil"), {"type": "lifespan"}):
+        asyncio.run(Guard(inner, "secret")(one, None, send))
     assert seen == ["http", "lifespan"]
     told = dict(sent[0]["headers"])
     assert {name.lower().encode(): value.encode() for name, value in HEADERS.items()}.items() <= told.items()
     assert told[b"etag"] == b"1"
     assert sent[1]["status"] == 403
     assert sent[-1] == {"type": "websocket.close", "code": 1008}
+
+
+@pytest.mark.parametrize(
+    ("given_scope", "query", "status"),
+    [
+        (scope(host=OURS), b"key=secret", 303),
+        (scope(host=OURS, cookie="resid-surgery-8420=secret"), b"", 200),
+        (scope("websocket", host=OURS, origin=f"http://{OURS}", cookie="resid-surgery-8420=secret"), b"", "open"),
+        (scope(host=OURS), b"", 403),
+        (scope(host=OURS), b"key=Secret", 403),
+        (scope(host=OURS), b"key=&key=secret", 303),
+        (scope(host=OURS), b"key=%ff", 403),
+        (scope(host=OURS, path="/_nicegui/x"), b"key=secret", 403),
+        (scope(host=OURS, cookie="resid-surgery-8421=secret"), b"", 403),
+        (scope(host=OURS, cookie="resid-surgery-8420=secre"), b"", 403),
+        (scope(host=OURS, cookie="resid-surgery-8420=\"\\303\""), b"", 403),
+        (scope(host=OURS, cookie="=;;,resid-surgery-8420"), b"", 403),
+        (scope("websocket", host=OURS, origin=f"http://{OURS}"), b"key=secret", "closed"),
+        (scope(host="evil.example", cookie="resid-surgery-8420=secret"), b"key=secret", 403),
+    ],
+)  # fmt: skip
+def test_only_who_has_the_key_of_the_launch_is_let_in(given_scope, query, status):
+    sent: list[Any] = []
+
+    async def inner(given: Any, receive: Any, send: Any) -> None:
+        opened = {"type": "http.response.start", "status": 200, "headers": []}
+        await send(opened if given["type"] == "http" else {"type": "websocket.accept"})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(Guard(inner, "secret")(given_scope | {"query_string": query}, None, send))
+    kinds = {"websocket.accept": "open", "websocket.close": "closed"}
+    assert (kinds.get(sent[0]["type"]) or sent[0]["status"]) == status
+    if status == 303:
+        told = dict(sent[0]["headers"])
+        assert told[b"location"] == b"/"
+        assert told[b"set-cookie"] == b"resid-surgery-8420=secret; Path=/; HttpOnly; SameSite=Strict"
+        assert told[b"x-frame-options"] == b"DENY"
+    if status == 403:
+        assert b"refused: " in sent[1]["body"]
+        assert not any(b"secret" in repr(one).encode() for one in sent)
+
+
+def test_every_launch_has_another_key():
+    assert len({new_key() for _ in range(100)}) == 100
+    assert len(new_key()) >= 20
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "", "192.168.0.7", "evil.example", "::", "127.0.0.2", None])

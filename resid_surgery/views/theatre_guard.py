@@ -1,4 +1,4 @@
-"""Who may talk to the theatre: pages that it served itself, to a browser on this machine.
+"""Who may talk to the theatre: pages that it served itself, to the browser of who started it.
 
 A page elsewhere can make a browser send requests to this machine. It cannot choose their ``Host`` (which defeats DNS
 rebinding: the name stays the attacker's) or their ``Origin`` (which defeats cross-site requests and websockets). So:
@@ -6,12 +6,17 @@ rebinding: the name stays the attacker's) or their ``Origin`` (which defeats cro
 1. ``Host`` must name the loopback, once.
 2. ``Origin``, where there is one, must be that very host; a websocket must have one.
 3. What a browser marks as coming from another site (``Sec-Fetch-Site``) is refused, but for opening the page itself.
+4. Every request must bring the key of this launch, which another user of this machine does not know: the address that
+   is printed holds it, and opening that address exchanges it for a cookie.
 
 Answers tell the browser to load nothing from elsewhere and to show the page in nobody's frame.
 """
 
+import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
+from http.cookies import CookieError, SimpleCookie
 from typing import Any, final
+from urllib.parse import parse_qs
 
 from resid_surgery._check import message
 from resid_surgery.errors import ArgumentError
@@ -83,22 +88,58 @@ def _name(host: str) -> str:
 
 @final
 class Guard:
-    """An ASGI application that lets only the theatre's own pages through to another.
+    """An ASGI application that lets only the theatre's own pages through to another, to who has the key.
 
     Attributes:
-        app: the guarded one.
+        app: the guarded one. key: of this launch.
     """
 
-    def __init__(self, app: Any) -> None:
-        self.app = app
+    def __init__(self, app: Any, key: str) -> None:
+        self.app, self.key = app, key
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
         elif why := refusal(scope):
             await _refuse(scope["type"], why, send)
-        else:
+        elif self._is(_cookie(scope)):
             await self.app(scope, receive, _marked(send))
+        elif scope["type"] == "http" and scope["path"] == "/" and self._is(_asked(scope)):
+            kept = f"{_cookie_name(scope)}={self.key}; Path=/; HttpOnly; SameSite=Strict"
+            headers = [(b"location", b"/"), (b"set-cookie", kept.encode()), (b"cache-control", b"no-store")]
+            await _marked(send)({"type": "http.response.start", "status": 303, "headers": headers})
+            await send({"type": "http.response.body", "body": b""})
+        else:
+            why = "the key of this launch is missing; open the whole address that `resid-surgery serve` printed"
+            await _refuse(scope["type"], why, send)
+
+    def _is(self, given: str) -> bool:
+        return secrets.compare_digest(given.encode(), self.key.encode())
+
+
+def new_key() -> str:
+    """The key of a launch: 128 bits by chance."""
+    return secrets.token_urlsafe(16)
+
+
+def _asked(scope: MutableMapping[str, Any]) -> str:
+    """The key in the address."""
+    return parse_qs(scope.get("query_string", b"").decode("latin-1")).get("key", [""])[0]
+
+
+def _cookie(scope: MutableMapping[str, Any]) -> str:
+    """The key in the cookie."""
+    given = [value.decode("latin-1") for name, value in scope["headers"] if name.lower() == b"cookie"]
+    try:
+        found = SimpleCookie("; ".join(given)).get(_cookie_name(scope))
+    except CookieError:
+        return ""
+    return found.value if found else ""
+
+
+def _cookie_name(scope: MutableMapping[str, Any]) -> str:
+    """Browsers keep cookies by host, not by port: two theatres must not overwrite one another's."""
+    return "resid-surgery-" + _headers(scope, b"host")[0].rpartition(":")[2].rstrip("]")
 
 
 async def _refuse(kind: str, why: str, send: Send) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from resid_surgery._check import message, whole
 from resid_surgery.errors import ArgumentError
-from resid_surgery.views.theatre_guard import Guard, loopback
+from resid_surgery.views.theatre_guard import Guard, loopback, new_key
 
 if TYPE_CHECKING:
     from resid_surgery.models.opening import OpenedModel
@@ -25,7 +25,7 @@ class Theatre:
     """A server that is bound and not yet running; made by `theatre`.
 
     Attributes:
-        url: where its page is.
+        url: of its page, with the key of this launch.
     """
 
     def __init__(self, server: Any, held: socket.socket, url: str) -> None:
@@ -91,8 +91,9 @@ def theatre(
     prepare()
     held = bound(host, port)
     shown = f"[{host}]" if ":" in host else host
-    url = f"http://{shown}:{held.getsockname()[1]}/"
-    made = Theatre(_server(model, load, lambda: opened(url)), held, url)
+    key = new_key()
+    url = f"http://{shown}:{held.getsockname()[1]}/?key={key}"
+    made = Theatre(_server(model, load, key, lambda: opened(url)), held, url)
     _set_up.append(made)
     return made
 
@@ -124,11 +125,11 @@ def prepare() -> None:
     _ready.extend((nicegui, uvicorn))
 
 
-def _server(model: OpenedModel, load: str, opened: Callable[[], Any]) -> Any:
+def _server(model: OpenedModel, load: str, key: str, opened: Callable[[], Any]) -> Any:
     import uvicorn
 
     from resid_surgery.views.theatre_page import application
 
-    guarded = Guard(application(model, load, opened))
+    guarded = Guard(application(model, load, opened), key)
     return uvicorn.Server(uvicorn.Config(guarded, log_level="warning", lifespan="on", server_header=False,
                                          ws="websockets-sansio", timeout_graceful_shutdown=2))  # fmt: skip

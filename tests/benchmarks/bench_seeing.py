@@ -52,7 +52,7 @@ def theatre() -> Iterator[str]:
     command = [sys.executable, "-c", SERVE, "serve", "--port", "0", "--no-open"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
-            yield next(found[0] for line in process.stderr or () if (found := re.search(r"http://127\.\S+/", line)))
+            yield next(found[0] for line in process.stderr or () if (found := re.search(r"http://127\.\S+", line)))
         finally:
             process.terminate()
 
