@@ -1,9 +1,8 @@
 """The documented table of conditions: each row of `.docs/errors.md` is provoked, and does what it says."""
 
-import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -466,15 +465,6 @@ def say(condition: str, call: Callable[[Bench, Path], object]) -> None:
     refused(condition)(call)
 
 
-@contextlib.contextmanager
-def default_device(name: str) -> Iterator[None]:
-    torch.set_default_device(name)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
 @refused("inside torch.autocast")
 def _(bench: Bench, folder: Path) -> None:
     with torch.autocast("cpu", torch.bfloat16):
@@ -486,7 +476,7 @@ def _(bench: Bench, folder: Path) -> None:
 
 @refused("torch's default device is not the CPU")
 def _(bench: Bench, folder: Path) -> None:
-    with default_device("meta"):
+    with torch.device("meta"):
         for verb in (lambda: rs.load(bench.module), lambda: rs.record(bench.model, PROMPT)):
             with pytest.raises(errors.ArgumentError, match="torch's default device is meta"):
                 verb()
