@@ -88,7 +88,7 @@ def open_regular(path: Path, most: int | None = None) -> BinaryIO:
     return file
 
 
-def open_text(path: Path, most: int) -> BinaryIO:
+def open_text(path: Path, most: int | None) -> BinaryIO:
     """`open_regular`, of a text: what begins with null bytes is none, and is refused before any more of it is read.
 
     Raises:
@@ -101,7 +101,7 @@ def open_text(path: Path, most: int) -> BinaryIO:
     return file
 
 
-def text_lines(path: Path, most: int, longest: int = LONGEST_LINE) -> Iterator[bytes]:
+def text_lines(path: Path, most: int | None, longest: int = LONGEST_LINE) -> Iterator[bytes]:
     """The lines of a text file, one in memory at a time.
 
     Raises:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
+from hashlib import sha256
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -39,10 +40,11 @@ from resid_surgery.editing.importing import read_probes
 from resid_surgery.editing.policy import Policy
 from resid_surgery.errors import ResidSurgeryError
 from resid_surgery.experiments.cases import lines_of
-from resid_surgery.models import kept
+from resid_surgery.models import checkpoints, kept
 from resid_surgery.models.headers import check_gguf
 from resid_surgery.models.prompts import bind
 from resid_surgery.stream.loading import load
+from resid_surgery.views import assets
 
 SECONDS = 10  # no content may take longer
 LONGEST_MESSAGE = 500
@@ -542,13 +544,22 @@ def a_checkpoint() -> Path:
 
 def load_folder(path: Path, name: str = "") -> Any:
     """A checkpoint, one of whose files is the content."""
+    return in_checkpoint(path, name, load_quietly)
+
+
+def check_folder(path: Path, name: str) -> Any:
+    """This library's own look at a checkpoint, before transformers reads it."""
+    return in_checkpoint(path, name, checkpoints._check_folder)
+
+
+def in_checkpoint(path: Path, name: str, read: Callable[[Path], Any]) -> Any:
     folder = path.parent / "checkpoint"
     if not folder.exists():
         shutil.copytree(a_checkpoint(), folder)
     good = (folder / name).read_bytes()
     (folder / name).write_bytes(path.read_bytes())
     try:
-        return load_quietly(folder)
+        return read(folder)
     finally:
         (folder / name).write_bytes(good)
 
@@ -566,6 +577,17 @@ def nothing_or_the_same(value: Any, path: Path) -> bool:
 
 def cached() -> bytes:
     return tensor_bytes(CACHED, {"hash": kept.tensors_hash(CACHED)})
+
+
+SCRIPT = "window.vegaEmbed = 1;"
+
+
+def scripts_kept(text: str) -> bytes:
+    return f"{sha256(text.encode()).hexdigest()}\n{text}".encode()
+
+
+def no_other_script(value: Any, path: Path) -> bool:
+    return value is None or value == SCRIPT
 
 
 def read_delta(path: Path) -> Any:
@@ -661,6 +683,14 @@ def folders() -> Iterator[Parser]:
         made, plain = partial(content_of, a_run, name), name.endswith(".json")
         read = partial(read_run_folder, name=name)
         yield Parser(f"run: {name}", "file", read, made, same_run, binary=not plain, share=0.3)
+    yield Parser(
+        "cached scripts", "vega.js", assets._kept, lambda: (scripts_kept(SCRIPT),), no_other_script, binary=True
+    )
+    made = partial(content_of, a_checkpoint, "config.json")
+    yield Parser("checkpoint's own checks: config", "file", partial(check_folder, name="config.json"), made)
+    index = "model.safetensors.index.json"
+    yield Parser("checkpoint's own checks: index", "file", partial(check_folder, name=index),
+                 partial(content_of, a_checkpoint, index))  # fmt: skip
     yield Parser("GGUF header", "tiny.gguf", read_gguf_header, lambda: (a_gguf(),), binary=True)
     yield Parser("GGUF through load", "tiny.gguf", load_quietly, lambda: (a_gguf(),), binary=True, share=0.1)
     for name in ("config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors"):

@@ -29,7 +29,7 @@ def test_any_content_is_read_or_refused(name, tmp_path):
 
     read()
     assert len(seen) >= cases_of(parser)
-    assert "refused" in seen or name == "cached tensors", "nothing was refused: the damage is none"
+    assert "refused" in seen or name.startswith("cached "), "nothing was refused: the damage is none"
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -34,6 +34,7 @@ from fuzzing import (
     parsers,
     run_tables,
     saved_edit,
+    scripts_kept,
 )
 from safetensors.torch import save as tensor_bytes
 from tiny import build, shared
@@ -42,11 +43,13 @@ import resid_surgery as rs
 from resid_surgery import _files
 from resid_surgery.addresses import as_sites, expand
 from resid_surgery.editing.edits import Edit
+from resid_surgery.editing.exposure import texts_of
 from resid_surgery.errors import ArgumentError, LoadError, ResidSurgeryError, RunError
 from resid_surgery.experiments.cases import lines_of
 from resid_surgery.experiments.folder import LARGEST_BYTES, Folder
-from resid_surgery.models import headers, kept
+from resid_surgery.models import checkpoints, headers, kept
 from resid_surgery.models.headers import check_gguf
+from resid_surgery.views import assets
 
 SECONDS, MOST_GROWN = 20.0, 100 << 20
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
@@ -442,11 +445,46 @@ def test_settings_that_no_model_has(checkpoint, fields):
     refused(lambda: load_quietly(checkpoint), (LoadError, rs.UnsupportedModelError))
 
 
+SIZES: tuple[dict[str, Any], ...] = (
+    *({"hidden_size": 10**n} for n in (6, 7, 9)), *({"vocab_size": 10**n} for n in (7, 8, 9)),
+    *({"intermediate_size": 10**n} for n in (7, 8)), {"head_dim": 10**8}, {"num_key_value_heads": 10**8},
+    {"model_type": "mixtral", "num_local_experts": 10**6}, {"model_type": "gpt2", "hidden_size": 10**7},
+    {"model_type": "gpt2", "max_position_embeddings": 10**9},
+)  # fmt: skip
+
+
+def test_sizes_that_the_files_do_not_hold_are_refused_before_anything_is_made(checkpoint):
+    """In a process that may not take 2 GB more."""
+    good = json.loads((checkpoint / "config.json").read_text())
+    pid = os.fork()
+    if not pid:
+        here = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (here + (2 << 30), here + (2 << 30)))
+        bad = 0
+        for number, fields in enumerate(SIZES, 1):
+            (checkpoint / "config.json").write_text(json.dumps(good | fields))
+            try:
+                bad = bad or ("but its files hold" not in refused(lambda: load_quietly(checkpoint))) * number
+            except BaseException:  # noqa: BLE001  (a child must not return into the suite)
+                bad = bad or number
+        os._exit(bad)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, "the number of the first that was not refused"
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "extra.safetensors"])
 def test_a_pipe_in_a_checkpoint_is_not_waited_for(checkpoint, name):
     (checkpoint / name).unlink(missing_ok=True)
     os.mkfifo(checkpoint / name)
     assert f"{checkpoint / name} must be a file" in refused(lambda: load_quietly(checkpoint))
+
+
+def test_memory_that_runs_out_is_no_damaged_tokenizer(checkpoint, monkeypatch):
+    def out(*_: Any, **__: Any) -> None:
+        raise MemoryError("injected")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", out)
+    with pytest.raises(MemoryError, match="injected"):
+        rs.load(checkpoint)
 
 
 def test_a_damaged_tokenizer_is_none(checkpoint):
@@ -570,6 +608,23 @@ def test_a_good_gguf_file_loads_and_every_cut_is_refused(tmp_path):
     for at in [*range(0, len(whole), 211), len(whole) - 40]:
         path.write_bytes(whole[:at])
         refused(lambda: load_quietly(path))
+
+
+@pytest.mark.parametrize("name", ["embedding_length", "feed_forward_length", "vocab_size", "attention.key_length"])
+def test_gguf_sizes_that_the_file_does_not_hold_are_refused(name, tmp_path):
+    path, whole = tmp_path / "a.gguf", a_gguf()
+    key = words(f"llama.{name}".encode()) + struct.pack("<I", 4)
+    if key in whole:
+        at = whole.index(key) + len(key)
+        whole = whole[:at] + struct.pack("<I", 10**8) + whole[at + 4 :]
+    else:  # one field more
+        (tensors, fields) = struct.unpack("<QQ", whole[8:24])
+        pad = -(len(key) + 4) % 32  # what comes after is aligned to 32 bytes
+        more = key + struct.pack("<I", 10**8) + words(b"p" * 4) + struct.pack("<IIQ", 9, 0, pad) + b"\0" * pad
+        whole = whole[:16] + struct.pack("<Q", fields + 2) + more + b"\0" * 0 + whole[24:]
+        assert tensors
+    path.write_bytes(whole)
+    refused(lambda: load_quietly(path))
 
 
 # --- run folders ------------------------------------------------------------------------------------
@@ -794,6 +849,115 @@ def test_a_cached_file_is_believed_only_whole(tmp_path):
     os.mkfifo(path)
     with in_time(SECONDS):
         assert kept.read_kept(path) == {}
+
+
+def test_what_a_page_keeps_is_believed_only_whole(tmp_path):
+    text = "window.vegaEmbed = 1;"
+    whole = scripts_kept(text)
+    path = tmp_path / "vega.js"
+    path.write_bytes(whole)
+    assert assets._kept(path) == text
+    for damaged in (*(whole[:at] for at in range(len(whole))), whole.replace(b"1", b"2"), whole + b" ", bomb()):
+        path.write_bytes(damaged)
+        assert assets._kept(path) is None
+    path.unlink()
+    for what in ("nothing", "folder", "pipe", "device", "link to itself"):
+        no_file(what, tmp_path / what)
+        with in_time(SECONDS):
+            assert assets._kept(tmp_path / what) is None
+
+
+@pytest.fixture
+def converted(tmp_path, monkeypatch):
+    """The folder of the embedded model's copy, made of a tiny one; nothing there yet."""
+    monkeypatch.setenv("RESID_SURGERY_CACHE", str(tmp_path / "cache"))
+
+    def convert(folder: Path) -> None:
+        shutil.copytree(a_checkpoint(), folder)
+        (folder / "manifest.json").write_text(json.dumps(checkpoints._file_hashes(folder)))
+
+    monkeypatch.setattr(checkpoints, "_convert_embedded", convert)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folder = checkpoints._embedded_folder()
+    assert checkpoints._intact(folder)
+    return folder
+
+
+COPIES: dict[str, Callable[[Path, Path], object]] = {
+    "a byte of its weights": lambda folder, _: flip(min(folder.glob("*.safetensors"))),
+    "its config": lambda folder, _: (folder / "config.json").write_text("{}"),
+    "a file more": lambda folder, _: (folder / "modeling.py").write_text("raise SystemExit"),
+    "a file less": lambda folder, _: (folder / "config.json").unlink(),
+    "no manifest": lambda folder, _: (folder / "manifest.json").unlink(),
+    "a manifest that is none": lambda folder, _: (folder / "manifest.json").write_text("[" * 9000),
+    "a manifest that is a pipe": lambda folder, _: swap(folder / "manifest.json", "pipe"),
+    "weights that are a device": lambda folder, _: swap(min(folder.glob("*.safetensors")), "device"),
+    "a folder among its files": lambda folder, _: (folder / "more").mkdir(),
+    "a file in place of it": lambda folder, _: (shutil.rmtree(folder), folder.write_text("no folder")),
+    "a link in place of it": lambda folder, other: (shutil.rmtree(folder), folder.symlink_to(other)),
+    "a link to nothing": lambda folder, other: (shutil.rmtree(folder), folder.symlink_to(other / "none")),
+    "what a killed process left": lambda folder, _: (folder / "config.json").replace(made(folder) / "config.json"),
+    "a link that looks left over": lambda folder, other: (
+        (folder / "config.json").unlink(), folder.with_name(f"{folder.name}.left").symlink_to(other)),
+}  # fmt: skip
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def swap(path: Path, what: str) -> None:
+    path.unlink()
+    no_file(what, path)
+
+
+def made(folder: Path) -> Path:
+    found = folder.with_name(f"{folder.name}.half")
+    found.mkdir()
+    return found
+
+
+@pytest.mark.parametrize("what", COPIES)
+def test_a_copy_of_the_embedded_model_is_believed_only_whole(converted, what, tmp_path):
+    other = tmp_path / "somebody's"
+    other.mkdir()
+    (other / "precious").write_text("x")
+    COPIES[what](converted, other)
+    with pytest.warns(UserWarning, match="is damaged; rebuilding it"), in_time(SECONDS):
+        assert checkpoints._embedded_folder() == converted
+    assert checkpoints._intact(converted)
+    assert not converted.is_symlink()
+    assert [one.name for one in other.iterdir()] == ["precious"], "what a link leads to is left alone"
+
+
+def test_a_cache_that_cannot_be_written_is_named(converted):
+    lock = converted.with_name(converted.name + ".lock")
+    lock.unlink(missing_ok=True)
+    lock.mkdir()
+    assert "set RESID_SURGERY_CACHE" in refused(checkpoints._embedded_folder)
+
+
+# --- corpora ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["nothing", "folder", "pipe", "device", "link to itself", "sparse gigabyte",
+                                  "no utf-8", "a pickle"])  # fmt: skip
+@pytest.mark.parametrize("name", ["texts.txt", "texts.jsonl"])
+def test_a_corpus_that_is_no_text_is_refused(what, name, tmp_path):
+    no_file(what, tmp_path / name)
+    assert str(tmp_path / name) in refused(lambda: list(texts_of(tmp_path / name)))
+
+
+def test_a_corpus_is_read_line_by_line_however_it_ends(tmp_path, monkeypatch):
+    path = tmp_path / "texts.txt"
+    path.write_bytes("\ufeffone\r\n\n  two\u2028x \n three".encode())
+    assert list(texts_of(path)) == ["one", "  two\u2028x ", " three"]
+    monkeypatch.setattr(_files.text_lines, "__defaults__", (10,))
+    path.write_text("short\n" + "long" * 10)
+    assert "a line of it has more than 10 bytes" in refused(lambda: list(texts_of(path)))
 
 
 # --- texts of sites ---------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch import Tensor
 from resid_surgery._check import iterable, message, whole
 from resid_surgery._check import path as as_path
 from resid_surgery._check import progress as check_progress
-from resid_surgery._files import parse_json
+from resid_surgery._files import parse_json, text_lines
 from resid_surgery._progress import progress as progress_bar
 from resid_surgery.editing.edits import Edit
 from resid_surgery.editing.exposing import Exposer, combined
@@ -152,13 +152,13 @@ def texts_of(texts: Any) -> Iterator[Any]:
 def _lines(path: Path) -> Iterator[str]:
     """Lines of a file that are not empty; of JSON lines, their texts."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _text_in(line, path, number) if path.suffix == ".jsonl" else line.rstrip("\n")
+        for number, content in enumerate(text_lines(path, None), 1):
+            line = content.decode("utf-8-sig" if number == 1 else "utf-8")
+            if line.strip():
+                yield _text_in(line, path, number) if path.suffix == ".jsonl" else line.rstrip("\r\n")
     except LoadError:
         raise
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise LoadError(f"`texts` must be an iterable of texts or a readable file; {path}: {error}.") from error
 
 

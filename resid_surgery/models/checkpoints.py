@@ -24,7 +24,7 @@ from torch import nn
 
 from resid_surgery._files import file_hash, plain_name, read_json
 from resid_surgery.errors import LoadError, out_of_memory
-from resid_surgery.models.headers import check_gguf
+from resid_surgery.models.headers import check_gguf, check_size
 from resid_surgery.models.kept import open_tensors
 
 EMBEDDED = "smollm2-135m"
@@ -69,20 +69,28 @@ def read_checkpoint(
         module, tokenizer = _read_gguf(path, dtype or torch.float32)
         return module, tokenizer, path.stem, f"de-quantised from {path.name}"
     if path.is_dir():
-        _check_folder(path)
-        return *_read_folder(path, path.name, dtype, remote, spread), path.name, ""
+        held = _check_folder(path)
+        return *_read_folder(path, path.name, dtype, remote, spread, held), path.name, ""
     if text.endswith(".gguf") or text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise LoadError(f"{text} is no file and no folder." if path.exists() else f"{text} does not exist.")
     return *_read_folder(text, text, dtype, remote, spread), text, ""
 
 
 def _read_folder(
-    where: str | Path, name: str, dtype: torch.dtype | None, remote: bool, spread: dict[str, Any]
+    where: str | Path,
+    name: str,
+    dtype: torch.dtype | None,
+    remote: bool,
+    spread: dict[str, Any],
+    held: int | None = None,
 ) -> tuple[nn.Module, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """A checkpoint and its tokenizer; `held`: bytes of its files, against which its config is held."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
         with _quiet_transformers():
+            if held is not None:
+                check_size(AutoConfig.from_pretrained(where, trust_remote_code=remote), held, remote=remote)
             module, info = AutoModelForCausalLM.from_pretrained(
                 where,
                 dtype=dtype or "auto",
@@ -98,7 +106,9 @@ def _read_folder(
     _require_all_weights(name, info)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=remote)
-    except Exception:  # noqa: BLE001  (of many kinds, where its files are damaged; a model works without one)
+    except Exception as error:  # of many kinds, where its files are damaged; a model works without one
+        if out_of_memory(error):
+            raise
         warnings.warn(f"{name} has no readable tokenizer: prompts must be given as ids.", stacklevel=5)
         tokenizer = None
     return module, tokenizer
@@ -124,6 +134,8 @@ def _why(name: str, error: BaseException) -> str:
     kind = type(error).__name__
     if "Safetensor" in kind or "HeaderTooLarge" in first or "MetadataIncomplete" in first:
         return f"{name} has a damaged or truncated safetensors file ({first}); fetch or write it again."
+    if first.startswith("its config is of a model of"):
+        return f"{name} cannot be opened: {first}."
     if "trust_remote_code" in first:
         return f"{name} needs code of its own to run; pass trust_remote_code=True only if you have read it."
     if "Unrecognized configuration class" in first or "AutoModelForCausalLM" in first:
@@ -136,7 +148,12 @@ def _why(name: str, error: BaseException) -> str:
     )
 
 
-def _check_folder(path: Path) -> None:
+def _check_folder(path: Path) -> int:
+    """Bytes of a folder's weights.
+
+    Raises:
+        LoadError: it is no checkpoint that is read here.
+    """
     names = sorted(p.name for p in path.iterdir())
     if "config.json" not in names:
         ggufs = [n for n in names if n.endswith(".gguf")]
@@ -148,7 +165,7 @@ def _check_folder(path: Path) -> None:
     if weights:
         _check_depth(path, weights)
         _check_index(path)
-        return
+        return sum((path / name).stat().st_size for name in weights)
     pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickles:
         raise LoadError(
@@ -197,11 +214,12 @@ def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise LoadError(f"reading a .gguf file needs the {package} package: pip install 'resid-surgery[gguf]'.")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
         check_gguf(path)
         with _quiet_transformers():
+            check_size(AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name), path.stat().st_size)
             module, info = AutoModelForCausalLM.from_pretrained(
                 str(path.parent), gguf_file=path.name, dtype=dtype, output_loading_info=True
             )
@@ -237,16 +255,32 @@ def _embedded_folder() -> Path:
             f"the cache folder {folder.parent} cannot be made ({error.strerror}); "
             "set RESID_SURGERY_CACHE to a folder that can be written."
         ) from None
-    with FileLock(str(folder) + ".lock"):
-        for left in folder.parent.glob(f"{folder.name}.*"):
-            if left.is_dir():  # by a process that was killed while it converted
-                shutil.rmtree(left)
-        if folder.exists() and not _intact(folder):
-            warnings.warn(f"the cached copy of {EMBEDDED_NAME} in {folder} is damaged; rebuilding it.", stacklevel=6)
-            shutil.rmtree(folder)
-        if not folder.exists():
-            _convert_embedded(folder)
+    try:
+        with FileLock(str(folder) + ".lock"):
+            _make_embedded(folder)
+    except LoadError:
+        raise
+    except OSError as error:
+        raise LoadError(
+            f"{EMBEDDED_NAME} cannot be kept in {folder.parent} ({error.strerror or error}); "
+            "set RESID_SURGERY_CACHE to a folder that can be written."
+        ) from error
     return folder
+
+
+def _make_embedded(folder: Path) -> None:
+    """The converted embedded model in a folder, if it is not there whole."""
+    for left in folder.parent.glob(f"{folder.name}.*"):
+        if left.is_dir() and not left.is_symlink():  # by a process that was killed while it converted
+            shutil.rmtree(left)
+    if os.path.lexists(folder) and not _intact(folder):
+        warnings.warn(f"the cached copy of {EMBEDDED_NAME} in {folder} is damaged; rebuilding it.", stacklevel=7)
+        if folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder)
+        else:
+            folder.unlink()
+    if not folder.exists():
+        _convert_embedded(folder)
 
 
 def _convert_embedded(folder: Path) -> None:

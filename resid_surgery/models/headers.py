@@ -1,8 +1,10 @@
-"""Headers of files of weights, walked before a reader believes them."""
+"""Headers of files of weights, and configs beside them, held against the files before a reader believes them."""
 
 import math
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import torch
 
 from resid_surgery._files import open_regular
 
@@ -11,6 +13,8 @@ GGUF_TEXT, GGUF_LIST = 8, 9
 MOST_COUNTED = 1 << 16  # tensors, or fields, of a GGUF file
 MOST_ITEMS = 1 << 22  # of the lists in its fields, together
 LONGEST_TEXT = 1 << 24
+TIMES, SPARE = 16, 1 << 28
+"""A model may take so many times the bytes that its files hold (packed numbers, buffers), and so many bytes more."""
 
 
 def check_gguf(path: Path) -> None:
@@ -22,6 +26,25 @@ def check_gguf(path: Path) -> None:
     """
     with open_regular(path) as file:
         _GgufHeader(file, path.stat().st_size).walk()
+
+
+def check_size(config: Any, held: int, *, remote: bool = False) -> None:
+    """Hold a config against its files: the model is built without numbers (on the meta device), and must not be far
+    larger than they are, since its tensors are made before their numbers are looked for.
+
+    Args:
+        config: of transformers. held: bytes of the files of weights. remote: code of its own may run.
+
+    Raises:
+        ValueError: it would be far larger. Whatever transformers raises of a config that makes no model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        module = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
+    wanted = sum(one.numel() * one.element_size() for one in (*module.parameters(), *module.buffers()))
+    if wanted > TIMES * held + SPARE:
+        raise ValueError(f"its config is of a model of {wanted:,} bytes, but its files hold {held:,}; it is damaged")
 
 
 class _GgufHeader:
