@@ -41,14 +41,18 @@ PINNED = next(release(line.partition("==")[2]) for line in CONSTRAINTS if line.s
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    """A test of a model type that came after an older transformers is left out there, and only there."""
+    """A test of a model type that an older transformers does not have, or cannot build, is left out there, and only
+    there; so are tests of what all types come to."""
     from resid_surgery.models.zoo import NotBuildableError
 
+    older = release(version("transformers")) < PINNED
+    if older and item.get_closest_marker("newest"):
+        pytest.skip(f"what all types come to is known for transformers {'.'.join(map(str, PINNED))}")
     try:
         return (yield)
-    except NotBuildableError as error:
-        if "this transformers registers" in str(error) and release(version("transformers")) < PINNED:
-            pytest.skip(f"transformers {version('transformers')} is older than the type: {error}")
+    except (NotBuildableError, AssertionError) as error:
+        if older and (isinstance(error, NotBuildableError) or "this transformers registers" in str(error)):
+            pytest.skip(f"transformers {version('transformers')} cannot build the type: {error}"[:200])
         raise
 
 

@@ -1,6 +1,7 @@
 """Edits as values: composed, scaled, kept in a file, applied beside a base whose bytes nobody touches."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -106,6 +107,80 @@ def test_edits_compose_in_any_order_as_sums(family, data):
     assert all(float(c.dense().norm()) < 1e-12 for c in (a + a.inverse).changes)
 
 
+def other_llama():
+    """The same sizes, other weights."""
+    return rs.load(build("llama", seed=7))
+
+
+def same_tensors(edited, other):
+    found, wanted = tensors_of(edited.module), tensors_of(other.module)
+    return all(torch.allclose(found[name], wanted[name], atol=1e-12, rtol=0) for name in wanted)
+
+
+def test_edits_made_for_other_weights_are_not_added():
+    """Each of a sum was made for weights; only one of two that differ could be asked for when it is applied."""
+    one, other = a_row(shared("llama")), a_row(other_llama(), i=4)
+    (name,) = one.tensors
+    for pair in ((one, other), (other, one), (one + one, other), (one, 0.5 * other), (one.inverse, other)):
+        with pytest.raises(ArgumentError) as caught:
+            pair[0] + pair[1]
+        hashes = [edit.expects[name][:8] for edit in pair]
+        assert f"of {name} a row was made for {hashes[0]}, a row for {hashes[1]}" in str(caught.value)
+    elsewhere = a_row(other_llama(), name="model.layers.0.mlp.down_proj.weight")
+    both = one + elsewhere  # no tensor in common: each is asked for its own
+    for model in (shared("llama"), other_llama()):
+        with pytest.raises(StaleRecordingError, match="made for other weights"), both.applied(model):
+            pass
+    known_of_none = Edit(other.changes, method="by hand")
+    with (one + known_of_none).applied(shared("llama")) as edited:
+        assert edited.replaced == (name,)
+
+
+def test_an_edit_is_added_to_what_it_was_made_on_top_of(tmp_path):
+    model = shared("llama")
+    a = a_row(model)
+    with a.applied(model) as after_a:
+        b, beside_b = a_row(after_a, 2.0, i=4), a_row(after_a, 3.0, i=5)
+        with b.applied(after_a) as after_both:
+            c = a_row(after_both, 4.0, i=6)
+            for sum_of_all in ((a + b) + c, a + (b + c), c + (b + a), (c + b) + a, (b + a) + c):
+                with sum_of_all.applied(model) as edited, c.applied(after_both) as wanted:
+                    assert same_tensors(edited, wanted)
+                assert dict(sum_of_all.expects) == dict(a.expects), "a sum is for the weights beneath it"
+            with (b + c).applied(after_a) as edited, c.applied(after_both) as wanted:
+                assert same_tensors(edited, wanted)
+            with pytest.raises(StaleRecordingError, match="made for other weights"), (b + c).applied(model):
+                pass
+    assert [b.about["made_on"], c.about["made_on"], (b + c).about["made_on"]] == [[a.hash], [a.hash, b.hash], [a.hash]]
+    assert "made_on" not in (a + b).about
+    assert not ({*a.expects.items()} & {*b.expects.items()})
+    for left_out in (lambda: a + c, lambda: (0.5 * a) + b, lambda: a_row(model, i=9) + b, lambda: (0.5 * (a + b)) + c):
+        with pytest.raises(ArgumentError, match="Add all that either was made on, or make one anew"):
+            left_out()
+    kept = [Edit.load(one.save(tmp_path / f"{i}.safetensors")) for i, one in enumerate((a + b, c, beside_b))]
+    assert (kept[0] + kept[1]).hash == ((a + b) + c).hash
+    assert dict((kept[0] + kept[2]).expects) == dict(a.expects), "made on a part of the sum"
+
+
+def test_what_lies_beneath_is_not_taken_from_where_nothing_was_checked():
+    model, other = shared("llama"), other_llama()
+    a = a_row(model)
+    with a.applied(other, strict=False) as edited:
+        b = a_row(edited, i=4)
+    assert "made_on" not in b.about
+    with pytest.raises(ArgumentError, match="must be made for the same weights"):
+        a + b
+
+
+@pytest.mark.parametrize("about", [{"parts": 5}, {"parts": [5]}, {"parts": [{"hash": 5}]}, {"made_on": 5},
+                                   {"made_on": [[]]}, {"parts": {}}], ids=str)  # fmt: skip
+def test_what_a_file_says_of_parts_may_be_anything(about):
+    """It is said, not believed: sums are made of changes."""
+    model = shared("llama")
+    one, said = a_row(model), replace(a_row(model), about=about)
+    assert (one + said).hash == (said + one).hash == (one + one).hash
+
+
 @given(families, st.data(), st.floats(-3, 3))
 def test_scaling_is_multiplying(family, data, factor):
     model = shared(family)
@@ -128,7 +203,8 @@ def test_an_edit_comes_back_from_its_file_as_it_was(tmp_path_factory, family, da
     assert dict(again.expects) == dict(edit.expects)
     with edit.applied(model) as one, again.applied(model) as two:
         assert torch.equal(logits(one), logits(two))
-        assert not torch.equal(logits(one), logits(model))
+        before, after = tensors_of(model.module), tensors_of(one.module)  # logits may be the same: a dead ReLU
+        assert not all(torch.equal(before[name], after[name]) for name in edit.tensors)
 
 
 def test_everything_that_an_edit_holds_comes_back(tmp_path):

@@ -96,6 +96,7 @@ def test_no_type_is_wrong_and_none_crashes(model_type):
         assert "Traceback" not in found.reason
 
 
+@pytest.mark.newest
 def test_at_least_a_hundred_types_are_verified_at_every_grain():
     found = {status: {t for t in causal_types() if tried(t).status == status} for status in STATUSES}
     assert found["verified"] == set(VERIFIED)
@@ -114,6 +115,7 @@ def test_a_refusal_gives_the_true_reason(reason, model_type):
     assert reason in found.reason
 
 
+@pytest.mark.newest
 def test_every_registered_type_is_told_apart():
     refused = {t for group in (REFUSED, NOT_BUILDABLE) for types in group.values() for t in types}
     assert sorted([*VERIFIED, *HYBRIDS, *refused]) == list(causal_types())
@@ -458,6 +460,7 @@ def test_a_private_architecture_is_read_by_a_row_of_the_users():
         rs.load(module, anatomy=replace(row, block=replace(block, mix="product:torch_matmul_7")))
 
 
+@pytest.mark.newest
 def test_the_readmes_table_is_the_commands_output():
     table, readme = pd.DataFrame([vars(tried(t)) for t in causal_types()]), README.read_text()
     assert families_markdown(table) in readme
