@@ -134,7 +134,7 @@ def _cookie(scope: MutableMapping[str, Any]) -> str:
         found = SimpleCookie("; ".join(given)).get(_cookie_name(scope))
     except CookieError:
         return ""
-    return found.value if found else ""
+    return str(found.value) if found else ""
 
 
 def _cookie_name(scope: MutableMapping[str, Any]) -> str:
