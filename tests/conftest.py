@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import importlib.util
+import signal
 from collections.abc import Generator, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,9 @@ CHECKED = ("models.anatomy", "models.prompts", "stream", "attribution", "surgery
 jaxtyping.jaxtyped = where_shaped(jaxtyping.jaxtyped)
 hook = jaxtyping.install_import_hook([f"resid_surgery.{name}" for name in CHECKED], "shapes.only_shapes")
 hook.__enter__()
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a job that a shell put into the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
 settings.register_profile("ci", max_examples=25, derandomize=True, **common)  # type: ignore[arg-type]

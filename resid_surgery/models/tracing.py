@@ -40,10 +40,8 @@ class Restored(GradKept):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        if error[0] is not None and not self._inside:
-            inc()  # the last `dec` forgets what was saved, so that there is one
-            while _inside_a_trace():
-                dec()
+        if not self._inside:
+            _end_traces()
 
 
 def _inside_a_trace() -> bool:
@@ -262,11 +260,7 @@ def projected(
 
 
 def attended(model: OpenedModel, layer: int, x: Tensor, ids: Tensor) -> Tensor:
-    """(row, position, head * d_head) W_O's input, as a layer's attention makes it of inputs; nothing else runs.
-
-    Args:
-        model, layer, x, ids: as for `projected`.
-    """
+    """(row, position, head * d_head) W_O's input, as a layer's attention makes it of inputs (see `projected`)."""
     with model.lock, _trace_lock, Restored(), torch.no_grad():
         found = _attention_alone(_traced(model), model, Tap("attn_z", layer), x.to(model.dtype), ids)
         return found.detach().clone()  # type: ignore[no-any-return]
@@ -323,11 +317,7 @@ def _tensors_of(model: OpenedModel) -> tuple[Any, ...]:
 
 
 def routing(model: OpenedModel, layer: int, read: Tensor) -> tuple[Tensor, Tensor]:
-    """(index, weight), each (n, k): how a layer's router routes states that its MLP would read.
-
-    Args:
-        model: the opened model. layer: a mixture of experts. read: (n, d_model) after the MLP's norm.
-    """
+    """(index, weight), each (n, k): how a mixture's router routes (n, d_model) states that its MLP would read."""
     with model.lock, _trace_lock, Restored(), torch.no_grad():
         traced, envoys = _mlp_alone(model, layer)
         with traced.trace(read[None].to(model.dtype)):
@@ -396,3 +386,13 @@ def _traced(model: OpenedModel) -> Any:
     if "traced" not in model.cache:
         model.cache |= {"traced": nnsight.NNsight(shadow), "paths": {}, "mlps": {}}
     return model.cache["traced"]
+
+
+def _end_traces() -> None:
+    """Have nnsight take this thread to be outside of every trace, with nothing saved."""
+    try:
+        inc()
+        dec()  # forgets what was saved
+    finally:  # an interrupt comes but once
+        while _inside_a_trace():
+            dec()
