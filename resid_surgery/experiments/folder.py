@@ -6,8 +6,8 @@ all others. Every file is written beside its place, forced to the disk and moved
 shard that was never finished are not read, and removed when the run goes on. One process at a time holds the lock.
 
 Nothing that is read is believed as it stands: pages have checksums, and the file that finishes a shard has a *mark*
-that says which run and shard it is of, and what the footers of the shard's other files were. The run's name in it is a
-hash of what the manifest says it is.
+that says which run and shard it is of, and what the footers of the shard's other files were, with a hash of its own.
+The run's name in it is a hash of what the manifest says it is.
 """
 
 import errno
@@ -44,7 +44,7 @@ from resid_surgery.experiments.tables import (
     schema_of,
 )
 
-SCHEMA = 2
+SCHEMA = 3
 WHAT = "resid_surgery run"
 MANIFEST, PROMPTS, LOG, LOCK, OWNER = "manifest.json", "prompts.jsonl", "run.log", ".lock", ".owner.json"
 LARGEST_BYTES = 1 << 26

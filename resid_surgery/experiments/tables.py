@@ -40,7 +40,7 @@ from resid_surgery.experiments.plans import Plan
 
 LEDGER = "prompts"
 TABLES = ("prompts", "rows", "located", "effects", "failures")
-MARK = b"resid_surgery"
+MARK, MARK_HASH = b"resid_surgery", b"resid_surgery xxh3_128"
 LARGEST_FOOTER = 1 << 28
 AGAIN = "Remove the shard's files from every table's folder, and resume the run."
 TYPES = {"string": pa.string(), "int64": pa.int64(), "double": pa.float64(), "bool": pa.bool_()}
@@ -95,8 +95,9 @@ def mark_of(file: Path, shard: str, run: str, schema: pa.Schema) -> dict[str, st
         open_regular(file).close()
         held = pq.read_metadata(file)
         columns = held.schema.to_arrow_schema()
+    content, its_hash = ((held.metadata or {}).get(name, b"") for name in (MARK, MARK_HASH))
     try:
-        said = parse_json((held.metadata or {}).get(MARK, b""))
+        said = parse_json(content) if xxhash.xxh3_128_hexdigest(content).encode() == its_hash else None
     except ValueError:
         said = None
     if not isinstance(said, dict) or (said.get("run"), said.get("shard")) != (run, shard):
@@ -125,7 +126,8 @@ def footer_hash(file: Path) -> str:
 
 def marked(table: pa.Table, mark: Mapping[str, Any]) -> pa.Table:
     """A table with a mark, as `mark_of` reads it."""
-    return table.replace_schema_metadata({MARK: json.dumps(mark).encode()})
+    content = json.dumps(mark).encode()
+    return table.replace_schema_metadata({MARK: content, MARK_HASH: xxhash.xxh3_128_hexdigest(content).encode()})
 
 
 def label_types(cases: Sequence[Case]) -> dict[str, pa.DataType]:
