@@ -7,6 +7,7 @@ being written again, and what is protected by a hash must be what was written.
 
 import atexit
 import json
+import os
 import shutil
 import signal
 import tempfile
@@ -33,11 +34,14 @@ from tiny import build, shared
 import resid_surgery as rs
 from resid_surgery._files import parse_json
 from resid_surgery.addresses import expand, parse_site
+from resid_surgery.attribution import ranges
 from resid_surgery.editing.edits import Edit, new_edit
 from resid_surgery.editing.exposure import texts_of
 from resid_surgery.editing.gating import Measured, judge, verdict
 from resid_surgery.editing.importing import read_probes
 from resid_surgery.editing.policy import Policy
+from resid_surgery.editing.remembering import Remembered
+from resid_surgery.editing.running import Passage
 from resid_surgery.errors import ResidSurgeryError
 from resid_surgery.experiments.cases import lines_of
 from resid_surgery.models import checkpoints, kept
@@ -568,6 +572,7 @@ def read_cached(path: Path) -> Any:
     return kept.read_kept(path)
 
 
+KEPT = "kept.safetensors"
 CACHED = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])}
 
 
@@ -576,7 +581,58 @@ def nothing_or_the_same(value: Any, path: Path) -> bool:
 
 
 def cached() -> bytes:
-    return tensor_bytes(CACHED, {"hash": kept.tensors_hash(CACHED)})
+    return tensor_bytes(CACHED, {"hash": kept.tensors_hash(CACHED, KEPT)})
+
+
+@contextmanager
+def own_cache(folder: Path) -> Iterator[Path]:
+    """A cache folder of its own, in which everything is worth keeping."""
+    before, worth = os.environ.get("RESID_SURGERY_CACHE"), ranges.WORTH_KEEPING
+    os.environ["RESID_SURGERY_CACHE"], ranges.WORTH_KEEPING = str(folder), 0
+    try:
+        yield folder
+    finally:
+        ranges.WORTH_KEEPING = worth
+        os.environ.pop("RESID_SURGERY_CACHE")
+        os.environ.update({} if before is None else {"RESID_SURGERY_CACHE": before})
+
+
+def remembered(what: str) -> list[Any]:
+    """What a library that keeps things says of a tiny model, from its cache folder or by itself; as numbers."""
+    model = shared("llama", torch.float32)
+    if what == "figures":
+        found = Remembered(model).figures([Passage((5, 4, 3, 2), (1, 3)), Passage((9, 8, 7), (0,))])
+        return [[one.nll.nan_to_num(-1).tolist(), one.top.tolist(), one.entropy.tolist()] for one in found]
+    if what == "continuations":
+        return Remembered(model).continued([[5, 4], [3, 2, 1]], 3)
+    model.cache.pop("ranges", None)
+    rec = rs.record(model, rs.Prompt(ids=[5, 4, 3], target=1))
+    return list(rs.scores(rec, bounds=True)["log_prob_increase_lower"])
+
+
+REMEMBERED = ("figures", "continuations", "ranges")
+
+
+@cache
+def kept_of(what: str) -> tuple[Path, bytes, list[Any]]:
+    """The file that is kept of it, as its place in a cache folder and its content, and what is in it."""
+    with tempfile.TemporaryDirectory() as folder, own_cache(Path(folder)):
+        value = remembered(what)
+        (file,) = Path(folder).rglob("*.safetensors")
+        return file.relative_to(folder), file.read_bytes(), value
+
+
+def read_remembered(path: Path, what: str) -> Any:
+    """What is said where the content stands in the cache folder."""
+    place = path.parent / "cache" / kept_of(what)[0]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(path.read_bytes())
+    with own_cache(path.parent / "cache"):
+        return remembered(what)
+
+
+def as_ever(value: Any, path: Path, what: str) -> bool:
+    return bool(value == kept_of(what)[2])
 
 
 SCRIPT = "window.vegaEmbed = 1;"
@@ -616,6 +672,8 @@ def report() -> bytes:
 
 
 def report_back(value: Any, path: Path) -> bool:
+    for face in (value.markdown, value.junit, value._repr_html_, lambda: value.headline):
+        face()
     return bool(rs.Validation.from_json(value.to_json()).to_json() == value.to_json())
 
 
@@ -646,9 +704,7 @@ def operations() -> Iterator[Parser]:
     made = lambda: (edit_parts()[0]["edit"].encode(),)  # noqa: E731
     yield Parser("edit's JSON", "told.json", read_told_edit, made, edit_back)
     yield Parser("differences", "delta.safetensors", read_delta, lambda: (delta(),), binary=True)
-    yield Parser(
-        "cached tensors", "kept.safetensors", read_cached, lambda: (cached(),), nothing_or_the_same, binary=True
-    )
+    yield Parser("cached tensors", KEPT, read_cached, lambda: (cached(),), nothing_or_the_same, binary=True)
 
 
 def probes() -> Iterator[Parser]:
@@ -683,6 +739,10 @@ def folders() -> Iterator[Parser]:
         made, plain = partial(content_of, a_run, name), name.endswith(".json")
         read = partial(read_run_folder, name=name)
         yield Parser(f"run: {name}", "file", read, made, same_run, binary=not plain, share=0.3)
+    for what in REMEMBERED:
+        made = lambda what=what: (kept_of(what)[1],)  # noqa: E731
+        yield Parser(f"cached {what}", KEPT, partial(read_remembered, what=what), made, partial(as_ever, what=what),
+                     binary=True, share=0.3)  # fmt: skip
     yield Parser(
         "cached scripts", "vega.js", assets._kept, lambda: (scripts_kept(SCRIPT),), no_other_script, binary=True
     )

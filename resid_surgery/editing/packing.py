@@ -143,6 +143,8 @@ def _packed(value: Any, dtype: str) -> Any:
 def _unpacked(cells: list[Any], dtype: str, name: str) -> "pd.Series[Any]":
     if dtype == "object":
         return pd.Series([unpack_data(one) for one in cells], dtype=object)
+    if any(isinstance(one, (list, dict)) for one in cells):
+        raise LoadError(f"column {name!r} of the report is not {dtype}: it holds lists.")
     numbers = "float" in dtype.lower()
     filled = [_NAMED.get(one, one) if numbers and isinstance(one, str) else one for one in cells]
     try:

@@ -12,7 +12,7 @@ from typing import Any, final
 
 import pandas as pd
 
-from resid_surgery._check import choice, flag, message
+from resid_surgery._check import choice, flag, message, shown
 from resid_surgery._check import path as as_path
 from resid_surgery._files import open_text, utf8, write_whole
 from resid_surgery._html import cell_text, table_html
@@ -70,6 +70,9 @@ SCHEMA: dict[str, Any] = {
     "$defs": {"table": _TABLE},
 }
 """JSON schema of `Validation.to_json`."""
+
+KINDS = ("float64", "int64", "bool", "str", "object")
+NUMBERS = ("value", "low", "high", "warn", "fail", "policy_warn", "policy_fail", "noise_floor", "n", "confidence")
 
 
 @final
@@ -174,7 +177,9 @@ class Validation:
         try:
             tables = {name: packing.unpack(one) for name, one in data["tables"].items()}
             manifest = packing.unpack_data(data["manifest"])
-            return cls(data["verdict"], packing.unpack(data["gates"]), tables, manifest)
+            if not isinstance(manifest, dict):
+                raise TypeError(f"its manifest must be an object, not {shown(manifest)}")
+            return cls(data["verdict"], _gates(data["gates"]), tables, manifest)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise LoadError(f"the report is damaged: {error}.") from None
 
@@ -260,6 +265,8 @@ def diff_reports(a: Validation, b: Validation, *, across_models: bool = False) -
     """
     first, second = (one if isinstance(one, Validation) else Validation.from_json(one) for one in (a, b))
     _need_comparable(first, second, flag("across_models", across_models))
+    if not across_models:
+        _need_same_standing(first.manifest, second.manifest)
     left, right = ({row["gate"]: row for row in one.gates.to_dict("records")} for one in (first, second))
     rows = [_compared(name, left, right) for name in {**left, **right}]
     rows.append(_moving(first.verdict, second.verdict) | {"gate": "verdict", "unit": "", "direction": ""})
@@ -314,6 +321,32 @@ def _need_comparable(a: Validation, b: Validation, across_models: bool) -> None:
         if (mine := a.manifest.get(key)) != (theirs := b.manifest.get(key)):
             raise ArgumentError(f"reports must be {what} ({key}) to be compared; got {cell_text(mine) or 'none'} and "
                                 f"{cell_text(theirs) or 'none'}. Validate anew with the same.")  # fmt: skip
+
+
+def _gates(data: Any) -> pd.DataFrame:
+    """The gate table of a report, whose cells are what `judge` puts there.
+
+    Raises:
+        TypeError: one is not.
+    """
+    found = packing.unpack(data)
+    for name in (one for one in COLUMNS if one in found):
+        kind = found[name].dtype
+        if str(kind) not in KINDS or not all(pd.api.types.is_scalar(cell) for cell in found[name]):
+            raise TypeError(f"its gates hold {shown(kind)} as {name}")
+        if name in NUMBERS and not (pd.api.types.is_numeric_dtype(kind) or found[name].isna().all()):
+            raise TypeError(f"its gates hold no numbers as {name}")
+    return found
+
+
+def _need_same_standing(a: Mapping[str, Any], b: Mapping[str, Any]) -> None:
+    """Refuse reports of one base's weights behind other hooks or settings; of other versions, modules are others."""
+    said = [str(one["standing"]) for one in (a, b) if "standing" in one]
+    if a.get("versions") == b.get("versions") and len(set(said)) > 1:
+        raise ArgumentError(
+            "reports must be against a base with the same modules, hooks and settings (standing) to be compared; got "
+            f"{said[0][:12]} and {said[1][:12]}. Validate anew with the same."
+        )
 
 
 def _text(source: Any) -> str:
