@@ -11,10 +11,12 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from fake_validation import fake_validation
 from test_prompts import word_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import PreTrainedTokenizerFast
+from validation_cases import SMALL, probes, sharp, words
 
 import resid_surgery as rs
 from resid_surgery import errors
@@ -606,11 +608,62 @@ def _(bench: Bench, folder: Path) -> None:
     held["L0.H0"]
 
 
+@refused("head weights, and settings of attention that changed since")
+def _(bench: Bench, folder: Path) -> None:
+    module = llama()
+    held = rs.head_weights(rs.load(module))
+    module.model.layers[0].self_attn.scaling *= 2
+    held["L0.H0"]
+
+
+@refused("a base that changes while it is validated")
+def _(bench: Bench, folder: Path) -> None:
+    module = sharp("llama", torch.float32)
+    model = rs.load(module, tokenizer=words())
+
+    def edited(ids: torch.Tensor) -> torch.Tensor:
+        module.get_parameter(f"{DOWN}.weight").data[3, 3] += 1
+        return module(ids).logits.detach()  # type: ignore[no-any-return]
+
+    rs.validate(model, edited, probes(), budget=SMALL, general=False, progress=False)
+
+
+@refused("a run folder, and modules, hooks or settings that changed since")
+def _(bench: Bench, folder: Path) -> None:
+    module = llama()
+    model = rs.load(module)
+    rs.run(model, [PROMPT], PLAN, out=folder / "run", progress=False)
+    module.model.layers[0].self_attn.scaling *= 2
+    rs.run(model, [PROMPT], PLAN, out=folder / "run", progress=False)
+
+
+@refused("two validations, and modules, hooks or settings that changed between them")
+def _(bench: Bench, folder: Path) -> None:
+    made = [fake_validation(standing=one) for one in ("of one", "of another")]
+    rs.diff_reports(*made)
+
+
+@refused("a server, and modules, hooks or settings that changed since loading")
+def _(bench: Bench, folder: Path) -> None:
+    module = llama()
+    module.config._name_or_path = "someone/tiny"
+    model = rs.load(module)
+    module.model.layers[0].self_attn.scaling *= 2
+    rs.record(model, PROMPT, remote="http://localhost:1")
+
+
 @refused("an edit made for other weights")
 def _(bench: Bench, folder: Path) -> None:
     module = llama(seed=2)
     with bench.edit.applied(rs.load(module)):
         pass
+
+
+@refused("edits for different weights, added")
+def _(bench: Bench, folder: Path) -> None:
+    delta = torch.ones(1, 24, dtype=torch.float64)
+    rows = [Rows(f"{DOWN}.weight", (), (24, 40), (1,), torch.tensor([[3]]), delta)]
+    bench.edit + new_edit(rs.load(llama(seed=2)), rows, method="a row")
 
 
 @refused("an edited model after its block")

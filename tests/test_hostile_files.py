@@ -9,8 +9,11 @@ import pickle
 import resource
 import shutil
 import struct
+import subprocess
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,10 @@ import pytest
 import torch
 from fuzzing import (
     CACHED,
+    KEPT,
     LONGEST_MESSAGE,
     OPERATIONS,
+    REMEMBERED,
     VECTORS,
     a_checkpoint,
     a_gguf,
@@ -30,8 +35,11 @@ from fuzzing import (
     an_edit,
     cached,
     in_time,
+    kept_of,
     load_quietly,
+    own_cache,
     parsers,
+    remembered,
     run_tables,
     saved_edit,
     scripts_kept,
@@ -471,6 +479,115 @@ def test_sizes_that_the_files_do_not_hold_are_refused_before_anything_is_made(ch
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, "the number of the first that was not refused"
 
 
+COUNTED: dict[str, dict[str, Any]] = {
+    "labels": {"num_labels": 10**8}, "layers as a text": {"num_hidden_layers": str(10**8)},
+    "layers as a fraction": {"num_hidden_layers": 1e8}, "more layers than a float holds": {"num_layers": 10**400},
+    "layers far inside": {"model_type": "qwen2_5_omni", "thinker_config": {"text_config": {"num_layers": 10**8}}},
+    "types of layers": {"model_type": "gpt_neo", "attention_types": [[["global", "local"], 10**8]], "num_layers": 4},
+    "cycles": {"model_type": "hrm_text", "H_cycles": 10**8}, "layers of an encoder": {"model_type": "bart", "encoder_layers": 10**8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("what", COUNTED)
+def test_counts_that_a_config_would_go_through_by_itself_are_refused(checkpoint, what, whole):
+    """Before transformers reads it, whether or not the weights can be read."""
+    rewrite_json(checkpoint / "config.json", lambda body: body | COUNTED[what])
+    if not whole:
+        min(checkpoint.glob("*.safetensors")).write_bytes(b"\1\2\3")
+    said = refused(lambda: load_quietly(checkpoint))
+    assert said.startswith("checkpoint has a config of ")
+    assert said.endswith("; it is damaged.")
+
+
+def test_counts_of_real_models_are_read(checkpoint):
+    rewrite_json(checkpoint / "config.json", lambda body: body | {
+        "num_labels": 1000, "block_size": 65536, "max_position_embeddings": 10**7, "rope_theta": 10**11,
+        "model_max_length": 10**30, "training_samples": 10**12, "label_smoothing": 0.1, "layer_norm_epsilon": "1e-5",
+        "vocab_size_per_layer_input": 10**6, "id2label": {"0": "layer"}, "label2id": {"layer": 10**6}, "num_blocks": None,
+        "layer_types": ["full_attention"] * 3, "max_window_layers": 70,
+    })  # fmt: skip
+    assert load_quietly(checkpoint).anatomy.n_layers == 3
+
+
+@pytest.mark.parametrize("name", ["_attn_implementation", "attn_implementation", "_experts_implementation"])
+def test_code_that_a_config_names_is_neither_fetched_nor_run(checkpoint, name):
+    rewrite_json(checkpoint / "config.json", lambda body: body | {name: "somebody/kernel"})
+    assert f"has a config that names code to be fetched and run ({name}: 'somebody/kernel')" in refused(
+        lambda: load_quietly(checkpoint)
+    )
+
+
+def test_a_model_is_held_against_its_files_while_it_is_built():
+    """Also where it would never be done, and only in the thread that builds it."""
+    from torch.nn.modules import module as hooks
+
+    def endless(part: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+        held = torch.nn.ModuleList()
+        while True:
+            held.append(part())
+
+    names = [name for name, one in vars(hooks).items() if name.startswith("_global_") and isinstance(one, dict)]
+    before = [len(vars(hooks)[name]) for name in names]
+    assert before
+    for part in (torch.nn.Identity, lambda: torch.nn.LayerNorm(0), lambda: torch.nn.Linear(1 << 20, 1 << 20),
+                 lambda: torch.nn.BatchNorm1d(0)):  # fmt: skip
+        with in_time(SECONDS), pytest.raises(ValueError, match="but its files hold 1,000; it is damaged"), \
+                torch.device("meta"), headers.no_larger_than(lambda: 1000):  # fmt: skip
+            endless(part)
+    with headers.no_larger_than(lambda: 0), ThreadPoolExecutor(1) as other, torch.device("cpu"):
+        other.submit(lambda: torch.nn.Linear(1 << 15, 1 << 15, device="meta")).result()
+        torch.nn.Linear(1 << 13, 1 << 13)  # what is there is no plan
+        with pytest.raises(ValueError, match="files hold 0"):
+            torch.nn.Linear(1 << 15, 1 << 15, device="meta")
+    with headers.no_larger_than(lambda: None):
+        torch.nn.Linear(1 << 20, 1 << 20, device="meta")
+    assert [len(vars(hooks)[name]) for name in names] == before
+
+
+HUB = """
+import resource, sys, warnings
+import resid_surgery as rs
+warnings.simplefilter("ignore")
+from pathlib import Path
+import transformers
+from transformers import AutoModelForCausalLM
+here = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (here + (2 << 30), here + (2 << 30)))
+for name in sys.argv[1:]:
+    try:
+        print(rs.load(name).anatomy.n_layers)
+    except rs.errors.LoadError as error:
+        print(error)
+"""
+
+
+def test_what_comes_from_the_hub_is_believed_no_more(tmp_path):
+    """As a folder is, from a cache of the hub's, offline."""
+    changes: dict[str, dict[str, Any]] = {
+        "good": {}, "labels": {"num_labels": 10**8}, "wide": {"hidden_size": 10**7},
+        "code": {"_attn_implementation": "a/kernel"},
+    }  # fmt: skip
+    for name, fields in changes.items():
+        there = tmp_path / "hub" / f"models--somebody--{name}"
+        shutil.copytree(a_checkpoint(), there / "snapshots" / "0")
+        (there / "refs").mkdir()
+        (there / "refs" / "main").write_text("0")
+        rewrite_json(there / "snapshots" / "0" / "config.json", lambda body, fields=fields: body | fields)
+    done = subprocess.run(
+        [sys.executable, "-c", HUB, *(f"somebody/{name}" for name in changes), "somebody/nobody"], text=True,
+        env=os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}, capture_output=True, timeout=120,
+    )  # fmt: skip
+    said = done.stdout.splitlines()
+    assert said[0] == "3", done.stderr[-2000:]
+    assert (
+        said[1] == "somebody/labels has a config of 100000000 for num_labels, more than any model has; it is damaged."
+    )
+    assert said[2].startswith("somebody/wide cannot be opened: its config is of a model of at least ")
+    assert said[3].startswith("somebody/code has a config that names code to be fetched and run")
+    assert said[4].startswith("somebody/nobody could not be opened: ")
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "extra.safetensors"])
 def test_a_pipe_in_a_checkpoint_is_not_waited_for(checkpoint, name):
     (checkpoint / name).unlink(missing_ok=True)
@@ -733,6 +850,19 @@ def test_a_flipped_bit_anywhere_in_a_shard_is_seen_or_changes_nothing(run):
         file.write_bytes(whole)
 
 
+def test_a_flipped_bit_anywhere_in_a_mark_loses_no_row(run):
+    """A table that it did not name any more would be read as one without rows."""
+    file = run / "prompts" / "s000000.parquet"
+    whole = file.read_bytes()
+    low = whole.index(b'{"run":')
+    high = whole.index(b"}}", low) + 2
+    assert all(name in whole[low:high] for name in (b'"rows"', b'"failures"', b'"footers"'))
+    for at in range(low, high):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 7]) + whole[at + 1 :])
+        for table in run_tables():
+            assert "is not shard" in refused(lambda table=table: rs.read_run(run, table=table))
+
+
 def test_footers_that_lie_about_their_length_are_refused(run):
     file = run / "rows" / "s000000.parquet"
     whole = file.read_bytes()
@@ -744,7 +874,7 @@ def test_footers_that_lie_about_their_length_are_refused(run):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"schema": 1}, "no manifest of a run with schema 2"), ({"what": "x"}, "no manifest of a run"),
+        ({"schema": 2}, "no manifest of a run with schema 3"), ({"what": "x"}, "no manifest of a run"),
         ({"tables": {}}, "its tables are none"), ({"tables": {"rows": {"a": "string"}}}, "its tables are rows"),
         ({"tables": {"prompts": {"a": "object"}}}, "columns of no known type"), ({"tables": []}, "its tables"),
         ({"tables": {"prompts": {"a": {}}}}, "columns of no known type"),
@@ -837,8 +967,12 @@ def test_a_manifest_larger_than_any_is_refused(run):
 
 
 def test_a_cached_file_is_believed_only_whole(tmp_path):
-    path, whole = tmp_path / "a.safetensors", cached()
+    path, whole = tmp_path / KEPT, cached()
     kept.write_kept(path, CACHED)
+    assert path.read_bytes() == whole
+    assert kept.read_kept(path).keys() == CACHED.keys()
+    shutil.copy(path, tmp_path / "of something else.safetensors")
+    assert kept.read_kept(tmp_path / "of something else.safetensors") == {}
     for damaged in (*(whole[:at] for at in range(0, len(whole), 11)), *BROKEN.values(), b""):
         path.write_bytes(damaged)
         assert kept.read_kept(path) == {}
@@ -849,6 +983,81 @@ def test_a_cached_file_is_believed_only_whole(tmp_path):
     os.mkfifo(path)
     with in_time(SECONDS):
         assert kept.read_kept(path) == {}
+
+
+Kept = dict[str, torch.Tensor]
+FORGED: dict[str, Callable[[Kept], Kept]] = {
+    "other names": lambda held: {f"{name}x": one for name, one in held.items()},
+    "a name more": lambda held: held | {"more": torch.ones(1)},
+    "a name less": lambda held: dict(list(held.items())[1:]),
+    "nothing": lambda held: {},
+}
+SPOILT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "shorter": lambda one: one[..., :-1].clone(),
+    "longer": lambda one: torch.cat([one, one]),
+    "deeper": lambda one: one[None].clone(),
+    "single numbers": lambda one: one.flatten()[0].clone(),
+    "truths": lambda one: torch.ones(one.shape, dtype=torch.bool),
+    "halves": lambda one: one.half(),
+    "eighths": lambda one: one.to(torch.float8_e4m3fn),
+    "complex": lambda one: one.to(torch.complex64),
+    "small": lambda one: one.int() if one.dtype == torch.long else one.half(),
+    "below nothing": lambda one: -one - 10**6 if one.dtype == torch.long else one,
+    "beyond all": lambda one: one + 2**62 if one.dtype == torch.long else one,
+    "of the same sum": lambda one: torch.cat([one[:1] - one.sum(), one[1:2] + one.sum()]) if len(one) == 2 else one,
+}
+
+
+def spoilt(how: str, held: Kept) -> Iterator[Kept]:
+    """What was kept, forged: all of it, or one tensor alone."""
+    if how in FORGED:
+        yield FORGED[how](held)
+        return
+    for some in (list(held), *([name] for name in held)):
+        yield held | {name: SPOILT[how](held[name]) for name in some}
+
+
+def same(one: Kept, other: Kept) -> bool:
+    return one.keys() == other.keys() and all(
+        one[name].dtype == t.dtype and torch.equal(one[name].nan_to_num(), t.nan_to_num()) for name, t in other.items()
+    )
+
+
+@pytest.mark.parametrize("how", [*FORGED, *SPOILT])
+@pytest.mark.parametrize("what", REMEMBERED)
+def test_what_is_kept_under_a_right_hash_must_also_fit(what, how, tmp_path):
+    """A file of another shape, as by other code, is made anew and mended."""
+    name, content, said = kept_of(what)
+    place = tmp_path / name
+    place.parent.mkdir(parents=True)
+    place.write_bytes(content)
+    held, tried = kept.read_kept(place), 0
+    for forged in spoilt(how, held):
+        if (what, how) == ("ranges", "of the same sum") or same(forged, held):
+            continue  # numbers of the right kind: nothing tells them from others
+        tried += 1
+        kept.write_kept(place, forged)
+        with own_cache(tmp_path), in_time(SECONDS):
+            assert remembered(what) == said
+            again = kept.read_kept(place)
+            assert same({name: again[name] for name in held}, held)
+    assert tried or what == "ranges" or how == "of the same sum"
+
+
+@pytest.mark.parametrize("how", ["nothing", "folder", "pipe", "device", "link to nothing", "link to itself", "empty",
+                                 "a pickle", "sparse gigabyte"])  # fmt: skip
+@pytest.mark.parametrize("what", REMEMBERED)
+def test_what_stands_in_the_place_of_what_is_kept_is_not_read(what, how, tmp_path):
+    name, content, said = kept_of(what)
+    place = tmp_path / name
+    place.parent.mkdir(parents=True)
+    no_file(how, place)
+    with own_cache(tmp_path), in_time(SECONDS), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "what the base model says is not kept|the ranges of value vectors are not kept"
+        )
+        assert remembered(what) == said
+    assert place.is_dir() if how == "folder" else place.read_bytes() == content
 
 
 def test_what_a_page_keeps_is_believed_only_whole(tmp_path):

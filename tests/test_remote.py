@@ -241,6 +241,135 @@ def test_what_no_server_knows_by_name_is_refused_before_anything_is_sent(request
     assert not requests
 
 
+# --- weights, hooks and settings that changed since the model was loaded -------------------------
+
+
+def _element(module):
+    module.model.layers[1].mlp.down_proj.weight.data[7, 3] += 1.0
+
+
+def _copied(module):
+    with torch.no_grad():
+        module.model.layers[1].mlp.down_proj.weight.mul_(1.01)
+
+
+def _adapted(module):
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(module, peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False))
+
+
+def _doubled_queries(module):
+    return module.model.layers[1].self_attn.q_proj.register_forward_hook(lambda _, __, out: out * 2)
+
+
+def _other_scaling(module):
+    for layer in module.model.layers:
+        layer.self_attn.scaling *= 2
+
+
+def _other_activation(module):
+    module.model.layers[1].mlp.act_fn = torch.nn.GELU()
+
+
+WEIGHTS = {"one element through .data": _element, "a product in place": _copied}
+BESIDE = {
+    "a hook": _doubled_queries,
+    "a setting": _other_scaling,
+    "a module": _other_activation,
+    "an adapter": _adapted,
+}
+NO_LEDGER = {
+    "another eps": lambda module: setattr(module.model.norm, "variance_epsilon", 0.5),
+    "a hook on a writer": lambda module: module.model.layers[1].mlp.down_proj.register_forward_hook(
+        lambda _, __, out: out * 2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*WEIGHTS, *BESIDE])
+def test_a_recording_made_remotely_is_stale_after_a_change_and_a_new_one_is_of_the_changed_model(name, requests):
+    module = build("llama")
+    model = rs.load(module)
+    rec = rs.record(model, FACT, remote="local")
+    (WEIGHTS | BESIDE)[name](module)
+    sent = len(requests)
+    for use in (
+        lambda: rs.decompose(rec),
+        lambda: rs.intervene(rec, rs.Zero("L1.N3"), remote="local"),
+        lambda: rs.sweep(rec, [rs.Zero("L1.N3")], remote="local"),
+        lambda: rs.intervene(rs.record(model, FACT, remote="local"), rs.Patch("L1.mlp", rec), remote="local"),
+    ):
+        with pytest.raises(rs.StaleRecordingError, match=r"changed since|`donor` was recorded with other weights of"):
+            use()
+    assert len(requests) > sent, "new recordings travel"
+    again = rs.record(model, FACT, remote="local")
+    with torch.no_grad():
+        said = module(torch.tensor([FACT.ids])).logits[0, -1]
+    assert (again.logits - said).abs().max() < 1e-12
+    assert same_recording(again, rs.record(model, FACT))
+    rs.decompose(again)
+
+
+@pytest.mark.parametrize("name", NO_LEDGER)
+def test_a_model_that_is_no_ledger_any_more_is_refused_remotely_too(name, requests):
+    module = build("llama")
+    model = rs.load(module)
+    few = [FACT, FACT]
+    rec = rs.record(model, FACT, remote="local")
+    NO_LEDGER[name](module)
+    requests.clear()
+    for use in (
+        lambda: rs.record(model, FACT, remote="local"),
+        lambda: list(rs.record_each(model, few, remote="local")),
+        lambda: rs.neuron_memory(model, "L1.N2", few, remote="local", progress=False),
+        lambda: rs.intervene(rec, rs.Zero("L1.N3"), remote="local"),
+        lambda: rs.record(model, FACT, remote="local"),
+    ):
+        with pytest.raises(
+            rs.ClosureError, match="closed when it was loaded; modules, hooks or settings of it changed"
+        ):
+            use()
+
+
+def test_a_change_between_two_prompts_of_one_remote_verb_is_noticed(requests):
+    module = build("llama")
+    model = rs.load(module)
+    recs = rs.record_each(model, [FACT, OTHER], batch=1, remote="local")
+    next(recs)
+    NO_LEDGER["another eps"](module)
+    with pytest.raises(rs.ClosureError, match="modules, hooks or settings of it changed since"):
+        next(recs)
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_no_server_is_asked_for_a_model_that_is_not_the_hubs_any_more(name, requests, monkeypatch):
+    """What a hook does, or an adapter that is on, stays in this process: the server's model is another one."""
+    monkeypatch.setattr(nnsight.CONFIG.API, "APIKEY", None)
+    module = build("llama")
+    module.config._name_or_path = "someone/tiny"
+    model = rs.load(module)
+    rec = rs.record(model, FACT)
+    handle = BESIDE[name](module)
+    what = "weights" if name == "an adapter" else "modules, hooks or settings"
+    for use in (lambda: rs.record(model, FACT, remote=True), lambda: rs.sweep(rec, [rs.Zero("L1.N3")], remote=True)):
+        with pytest.raises(rs.UnsupportedModelError, match=f"cannot run remotely: its {what} were changed in memory"):
+            use()
+    if handle is not None:
+        handle.remove()
+        with pytest.raises(rs.ArgumentError, match="needs a key"):  # the next thing that is looked at
+            rs.record(model, FACT, remote=True)
+    assert not requests
+
+
+def test_no_server_is_asked_for_a_model_that_came_with_a_hook(requests):
+    module = build("llama")
+    module.config._name_or_path = "someone/tiny"
+    _doubled_queries(module)
+    with pytest.raises(rs.UnsupportedModelError, match="it has forward hooks, which stay in this process"):
+        rs.record(rs.load(module), FACT, remote="http://localhost:1")
+    assert not requests
+
+
 def test_an_edited_model_can_be_rehearsed(requests):
     model = shared("llama")
     edit = rs.edit_coefficients(model, "L1.N3", 0.0)

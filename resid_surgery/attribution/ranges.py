@@ -103,7 +103,9 @@ class Ranges:
 
     def _fits(self, rows: WeightRows, found: Tensor) -> bool:
         """Whether what a file says holds for a row of these weights: a damaged or foreign table is not believed."""
-        if found.shape != (2, len(rows.rows)) or not bool(torch.isfinite(found).all()):
+        if found.shape != (2, len(rows.rows)) or found.dtype != self.rec.model.work_dtype:
+            return False
+        if not bool(torch.isfinite(found).all()):
             return False
         at = len(rows.rows) // 2
         one = WeightRows(rows.key, rows.rows[at : at + SPOT_ROWS], rows.post)

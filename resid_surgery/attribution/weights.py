@@ -76,6 +76,15 @@ class LayerMaps:
         """Bytes."""
         return sum(one.weight.nbytes for one in (self.query, self.key, self.value) if one is not None)
 
+    def same(self, other: "LayerMaps") -> bool:
+        """Whether the maps of both are equal, bit for bit."""
+        pairs = [(getattr(self, side), getattr(other, side)) for side in SIDES]
+        return self.scaling == other.scaling and all(
+            one is two
+            or (None not in (one, two) and torch.equal(one.weight, two.weight) and torch.equal(one.bias, two.bias))
+            for one, two in pairs
+        )
+
 
 @final
 @dataclass(frozen=True, eq=False)
@@ -124,7 +133,8 @@ class HeadWeights:
         model: whose. sites: which heads, in order. folded: what stands in the maps besides the projections:
             "attn_norm gain", "attn_norm centring" (in W_Q, W_K, W_V), "attn_post_norm gain", "attn_post_norm centring",
             "attn_scale" (in W_O); nothing with ``fold=False``.
-        layers: the layers' maps. fingerprint: of the weights that they were read from.
+        layers: the layers' maps. fingerprint: of the weights that they were read from. tree: of the model's shadows,
+            which it was read from (`OpenedModel.trees`).
     """
 
     model: OpenedModel
@@ -133,6 +143,7 @@ class HeadWeights:
     layers: dict[int, LayerMaps]
     fold: bool
     fingerprint: str
+    tree: int
 
     def __repr__(self) -> str:
         named = ", ".join(map(str, self.sites[:4])) + (", ..." if len(self.sites) > 4 else "")
@@ -161,12 +172,21 @@ class HeadWeights:
         """Refuse weights other than those that the maps were read from: norms and W_O are read when they are asked for.
 
         Raises:
-            StaleRecordingError: the model's weights changed since.
+            StaleRecordingError: the model's weights changed since, or its modules, hooks or settings so that the maps
+                are others.
         """
         if (now := self.model.fingerprint()) != self.fingerprint:
             raise StaleRecordingError(
                 f"these head weights of {self.model.name} were read from weights {self.fingerprint[:12]}, but it "
                 f"now has {now[:12]}: its weights changed since. Call head_weights again."
+            )
+        self.model.shadow  # noqa: B018  (made anew if need be, and counted)
+        if self.model.trees != self.tree and not all(
+            one.same(layer_maps(self.model, i)) for i, one in self.layers.items()
+        ):
+            raise StaleRecordingError(
+                f"these head weights of {self.model.name} are not what it computes with now: modules, hooks or "
+                "settings of it (an adapter that was switched, say) changed since. Call head_weights again."
             )
 
     def _of(self, site: Head) -> HeadMaps:
@@ -215,7 +235,7 @@ def head_weights(model: OpenedModel, heads: Any = None, *, fold: bool = True) ->
     sites = heads_of(model, heads)
     layers = {layer: layer_maps(model, layer) for layer in sorted({site.layer for site in sites})}
     folded = _names_of_folded(model, layers) if fold else ()
-    return HeadWeights(model, sites, folded, layers, fold, model.known_fingerprint())
+    return HeadWeights(model, sites, folded, layers, fold, model.known_fingerprint(), model.trees)
 
 
 def need_weights(model: Any) -> None:

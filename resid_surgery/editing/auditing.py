@@ -17,7 +17,7 @@ from torch import Tensor
 from resid_surgery._check import choice, message, whole
 from resid_surgery.editing.acting import pieces
 from resid_surgery.editing.changes import Change
-from resid_surgery.editing.edits import Edit, tensor_hash
+from resid_surgery.editing.edits import Edit, held_by, tensor_hash
 from resid_surgery.editing.factoring import Factored, factored, form_of, slices_of
 from resid_surgery.editing.roles import Role, role_of
 from resid_surgery.editing.spectra import moved, spectra
@@ -120,16 +120,14 @@ def cast_survival(model: OpenedModel, edit: Edit, dtype: str = "bfloat16") -> pd
         dtype's range; there cosine and kept are 0). See `overall_cosine` for one number.
 
     Raises:
-        ArgumentError: an unknown dtype, or an edit without weights.
+        ArgumentError: an unknown dtype, an edit without weights, or tensors that the model does not have.
+        StaleRecordingError: it was made for other weights.
     """
     need_weights_edit(model, edit)
     cast = CASTS[choice("dtype", dtype, tuple(CASTS))]
     if not edit.changes:
         raise ArgumentError(f"`edit` must change weights to be cast; {edit!r} works by interventions.")
-    held = tensors_of(model.module)
-    missing = [change.name for change in edit.changes if change.name not in held]
-    if missing:
-        raise ArgumentError(f"`edit` changes {missing[0]}, which {model.name} does not have: it is for another model.")
+    held = held_by(edit, model)
     rows = [{"tensor": c.name, "dtype": dtype, **_survival(c, held[c.name].detach(), cast)} for c in edit.changes]
     return pd.DataFrame(rows)
 

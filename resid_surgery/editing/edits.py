@@ -20,13 +20,14 @@ from torch import Tensor
 from resid_surgery import _check
 from resid_surgery._html import face_html
 from resid_surgery.editing.changes import Change, summed
+from resid_surgery.editing.composing import about_sum, atoms, beneath, joined_keys
 from resid_surgery.editing.keeping import is_kept, keep, kept
 from resid_surgery.editing.outside import adapter_factors, between, called, differences, ranks
 from resid_surgery.editing.packing import plain
 from resid_surgery.editing.rewrites import Rewrite
 from resid_surgery.errors import ArgumentError, StaleRecordingError
 from resid_surgery.models.opening import OpenedModel
-from resid_surgery.models.replacing import tensors_of, ties_of, with_tensors
+from resid_surgery.models.replacing import EditedModel, tensors_of, ties_of, with_tensors
 from resid_surgery.stream.recording import need_model
 from resid_surgery.surgery.altering import under
 from resid_surgery.surgery.interventions import Intervention
@@ -41,7 +42,8 @@ class Edit:
         changes: what is added to which tensors, one a tensor.
         interventions: operations done in every forward instead (an edit that is not baked into weights).
         method: how it was made. rewrites: the facts that it was to rewrite, if any.
-        expects: tensor -> hash of the weights that it was made for. about: settings, model, fingerprint, versions.
+        expects: tensor -> hash of the weights that it was made for. about: settings, model, fingerprint, versions;
+            of one made on an edited model, made_on: the hashes of the edits beneath it.
         fitting: report of how it was fitted, one row a fact (and step); empty where nothing was fitted.
         keys: name -> tensor kept beside the changes, such as the keys of earlier facts; never applied.
 
@@ -135,21 +137,27 @@ class Edit:
         return self.scaled(-1.0)
 
     def __add__(self, other: "Edit") -> "Edit":
-        """Both edits at once; what changes one tensor is summed before it is rounded to the tensor's dtype."""
+        """Both edits at once; what changes one tensor is summed before it is rounded to the tensor's dtype.
+
+        Where both change one tensor, both must have been made for the same weights of it, or one on the model that the
+        other left (as in a stream of edits); the sum is for the weights that the first of them was made for.
+
+        Raises:
+            ArgumentError: they were made for different weights, or shapes, of one tensor.
+        """
         if not isinstance(other, Edit):
             return NotImplemented
-        both = (self, other)
-        about = {"parts": [_part(one) for edit in both for one in _parts(edit)], **_common(self.about, other.about)}
+        both, (first, second) = (self, other), beneath(self, other)
         methods = [*dict.fromkeys(one.method for one in both if one.method)]
         return Edit(
             (*self.changes, *other.changes),
             (*self.interventions, *other.interventions),
             " + ".join(methods),
             tuple(dict.fromkeys((*self.rewrites, *other.rewrites))),
-            {**other.expects, **self.expects},
-            about,
+            {**second.expects, **first.expects},
+            about_sum(self, other),
             pd.concat([t for t in (self.fitting, other.fitting) if len(t)] or [pd.DataFrame()], ignore_index=True),
-            _joined_keys(self.keys, other.keys),
+            joined_keys(self.keys, other.keys),
         )
 
     @contextmanager
@@ -174,6 +182,7 @@ class Edit:
         if self.empty:
             raise ArgumentError(f"`edit` must change something; {self!r} adds nothing to {model.name}.")
         edited = with_tensors(model, self.new_tensors(model, strict=strict), f"{model.name}, edited")
+        edited.edits = (*_edits_of(model), self) if strict else ()
         try:
             if self.interventions:
                 with under(edited, self.interventions) as altered:
@@ -191,27 +200,9 @@ class Edit:
             StaleRecordingError: with `strict`, other weights than the edit was made for.
         """
         need_model(model)
-        _check.flag("strict", strict)
-        held, found = tensors_of(model.module), dict[str, Tensor]()
+        held, found = held_by(self, model, strict=_check.flag("strict", strict)), dict[str, Tensor]()
         for change in self.changes:
-            for path in change.paths:
-                if path not in held:
-                    raise ArgumentError(
-                        f"`edit` changes {path}, which {model.name} does not have: it is for another model."
-                    )
-            old = held[change.name].detach()
-            if tuple(old.shape) != tuple(change.shape):
-                raise ArgumentError(
-                    _check.message(
-                        "edit", f"of a {tuple(old.shape)} tensor {change.name}", change.shape, model=model.name
-                    )
-                )
-            if strict and change.name in self.expects and (now := tensor_hash(old)) != self.expects[change.name]:
-                raise StaleRecordingError(
-                    f"this edit was made for other weights of {change.name} ({self.expects[change.name][:8]}) than "
-                    f"{model.name} has ({now[:8]}, {old.dtype}). Make it anew, or pass strict=False to add it anyway."
-                )
-            new = change.added_to(old)
+            new = change.added_to(held[change.name].detach())
             found |= dict.fromkeys(change.paths, new)
         return found
 
@@ -293,6 +284,8 @@ def new_edit(
     held = tensors_of(model.module)
     about = {"model": model.name, "fingerprint": model.known_fingerprint(), "dtype": str(model.dtype),
              "settings": plain(dict(settings or {}), "settings"), "versions": versions()}  # fmt: skip
+    if on := [one for edit in _edits_of(model) for one in atoms(edit)]:
+        about["made_on"] = on
     expects = {path: tensor_hash(held[path]) for change in changes for path in change.paths}
     made = Edit(
         tuple(changes), tuple(interventions), method, rewrites, expects, about,
@@ -301,6 +294,10 @@ def new_edit(
     if made.empty:
         raise ArgumentError(f"`{method}` must change something in {model.name}; this edit adds nothing to any weight.")
     return made
+
+
+def _edits_of(model: OpenedModel) -> tuple[Any, ...]:
+    return model.edits if isinstance(model, EditedModel) else ()
 
 
 def _all_of(name: str, given: Any, kind: type) -> tuple[Any, ...]:
@@ -331,6 +328,32 @@ def read_edit(model: OpenedModel, source: Any) -> Edit:
     return Edit.from_models(model, source)
 
 
+def held_by(edit: Edit, model: OpenedModel, *, strict: bool = True) -> Mapping[str, Tensor]:
+    """Path -> tensor of a model that has all that an edit changes; the model is left as it is.
+
+    Raises:
+        As `Edit.new_tensors`.
+    """
+    held = tensors_of(model.module)
+    for change in edit.changes:
+        for path in change.paths:
+            if path not in held:
+                raise ArgumentError(
+                    f"`edit` changes {path}, which {model.name} does not have: it is for another model."
+                )
+        old = held[change.name].detach()
+        if tuple(old.shape) != tuple(change.shape):
+            raise ArgumentError(
+                _check.message("edit", f"of a {tuple(old.shape)} tensor {change.name}", change.shape, model=model.name)
+            )
+        if strict and change.name in edit.expects and (now := tensor_hash(old)) != edit.expects[change.name]:
+            raise StaleRecordingError(
+                f"this edit was made for other weights of {change.name} ({edit.expects[change.name][:8]}) than "
+                f"{model.name} has ({now[:8]}, {old.dtype}). Make it anew, or pass strict=False to add it anyway."
+            )
+    return held
+
+
 def tied_paths(model: OpenedModel, name: str) -> tuple[str, ...]:
     """Other paths that share the tensor at `name`."""
     return tuple(path for path in ties_of(model.module)[name] if path != name)
@@ -346,24 +369,3 @@ def tensor_hash(tensor: Tensor) -> str:
 def versions() -> dict[str, str]:
     """Of the packages that numbers depend on."""
     return {name: version(name) for name in ("resid-surgery", "torch", "transformers", "nnsight")}
-
-
-def _parts(edit: Edit) -> list[Any]:
-    return list(edit.about["parts"]) if "parts" in edit.about else [edit]
-
-
-def _part(one: Any) -> dict[str, Any]:
-    return {"method": one.method, **one.about} if isinstance(one, Edit) else dict(one)
-
-
-def _common(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: a[key]
-        for key in ("model", "fingerprint", "dtype", "versions")
-        if key in a and a[key] == b.get(key, a[key])
-    }
-
-
-def _joined_keys(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys of both, one under the other."""
-    return {name: torch.cat([held[name] for held in (a, b) if name in held]) for name in {**a, **b}}

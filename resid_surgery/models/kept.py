@@ -1,4 +1,5 @@
-"""Kept: tensors in the cache folder with a hash of their contents, so that a damaged file is never believed."""
+"""Kept: tensors in the cache folder with a hash of their contents and of the file's name, which says what they are, so
+that neither a damaged file nor one that belongs elsewhere is ever believed."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -48,12 +49,12 @@ def read_tensors(path: Any) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def read_kept(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that `write_kept` wrote; {} where there is none, or it is damaged: they are made anew."""
+    """The tensors that `write_kept` wrote under this name; {} where there are none, or damaged: they are made anew."""
     try:
         about, found = read_tensors(path)
     except (OSError, SafetensorError, ValueError):
         return {}
-    return found if about.get("hash") == tensors_hash(found) else {}
+    return found if about.get("hash") == tensors_hash(found, path.name) else {}
 
 
 def write_kept(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -64,4 +65,4 @@ def write_kept(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     held = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_whole(path, tensor_bytes(held, {"hash": tensors_hash(held)}))
+    write_whole(path, tensor_bytes(held, {"hash": tensors_hash(held, path.name)}))

@@ -35,6 +35,9 @@ from resid_surgery.models.parts import LinearMap, Norm, attribute, linear_map, r
 from resid_surgery.models.wiring import read_layout
 from resid_surgery.models.wrappers import require_uncompiled, unwrapped
 
+OF_A_TREE = ("traced", "skippable", "resumable", "from_scores", "inner_norms", "keeps_logits")
+"""What a model's cache holds of its modules, which is found anew when they, their hooks or settings are others."""
+
 
 class OpenedModel:
     """A causal language model on the table: its module untouched, its parts addressable.
@@ -223,7 +226,8 @@ class OpenedModel:
             token = self.weights.structure()
             if self._shadow is None or token != self._shadow_token:
                 shared: dict[int, Any] = {id(t): t for t in self.weights.tensors()}
-                self.cache.pop("traced", None)
+                for kept in OF_A_TREE:
+                    self.cache.pop(kept, None)
                 self._shadow = _copied(self.module, shared, self.name, self.weights.tensors())
                 self._shadow_token = token
                 self.trees += 1

@@ -164,6 +164,10 @@ def _unnamed(model: OpenedModel) -> str:
         return f"it was read from {name}, which is no hub id"
     if model.changed:
         return "its weights were changed in memory"
+    if model.weights.structure() != model.weights.stood:
+        return "its modules, hooks or settings were changed in memory"
+    if any(one._forward_hooks or one._forward_pre_hooks for one in model.module.modules()):
+        return "it has forward hooks, which stay in this process"
     return ""
 
 
@@ -195,7 +199,15 @@ for _part in PARTS:
 
 @contextmanager
 def shipping(model: OpenedModel, module: Any) -> Iterator[None]:
-    """In this block the model is serialised as `Shipped`, with `module` in place of its own."""
+    """In this block the model is serialised as `Shipped`, with `module` in place of its own.
+
+    Raises:
+        UnsupportedModelError: its weights, modules or hooks changed since the verb that asks began.
+        ClosureError: with modules, hooks or settings that changed since it was loaded, its stream is no ledger.
+    """
+    require_shippable(model, asked() or LOCAL)
+    model.shadow  # noqa: B018  (made anew if need be, and counted)
+    model.prove()
     token, path = _sent.set((model, module)), list(sys.path)
     try:
         yield

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,13 @@ class EditedModel(OpenedModel):
     """A model with some tensors replaced; all others are the base's own, and the base is as it was.
 
     Attributes:
-        base: what it was made from. replaced: paths of the tensors that are its own.
+        base: what it was made from. replaced: paths of the tensors that are its own. edits: what made it, in order,
+            where that is known.
     """
 
     base: OpenedModel
     replaced: tuple[str, ...]
+    edits: tuple[Any, ...] = ()
 
     @property
     def shadow(self) -> nn.Module:

@@ -73,7 +73,7 @@ class Altered:
     def __init__(self, model: OpenedModel, interventions: tuple[Intervention, ...]) -> None:
         self.model, self.interventions, self.closed = model, interventions, False
         self._known: Known = {}
-        self._fingerprint = model.known_fingerprint()
+        self._made_of = model.known_fingerprint(), model.trees
         for one in interventions:
             bare = [site.site if isinstance(site, At) else site for site in one.sites]
             known = [site for site in bare if not (isinstance(site, Slice) and "<" in str(site))]  # else by the prompt
@@ -295,10 +295,11 @@ class Altered:
             origin[id(moved)] = one
         if not placed:
             return ()
-        now = self.model.fingerprint() if self._known else self.model.known_fingerprint()
-        if now != self._fingerprint:
-            self._known.clear()  # values of donors are of other weights
-            self._fingerprint = now
+        self.model.shadow  # noqa: B018  (made anew if need be, and counted)
+        now = self.model.fingerprint() if self._known else self.model.known_fingerprint(), self.model.trees
+        if now != self._made_of:
+            self._known.clear()  # values of donors are of other weights, modules, hooks or settings
+            self._made_of = now
         resolver = Resolver(Scene(self.model, prompt))
         ops = resolver.resolve(placed)
         for op in ops:
