@@ -9,6 +9,8 @@ from math import isfinite, isinf
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+from resid_surgery._check import shown
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -21,8 +23,16 @@ Classes = Mapping[str, Callable[[Any], str]]
 def cell_text(value: Any) -> str:
     """A cell in words: four digits of a number, powers of ten for small and large ones, nothing where it is missing.
 
-    Short texts with space around them, as many tokens are, stand in quotes.
+    Short texts with space around them, as many tokens are, stand in quotes; what has no words of its own is named by
+    its class.
     """
+    try:
+        return _in_words(value)
+    except Exception:  # noqa: BLE001  (any object may stand in a cell, with any fault of its own)
+        return shown(value)
+
+
+def _in_words(value: Any) -> str:
     if value is None or (isinstance(value, Real) and value != value) or type(value).__name__ in ("NAType", "NaTType"):
         return ""
     if isinstance(value, str):
@@ -74,12 +84,12 @@ def table_html(
     Returns:
         ``<table>...</table>``, without styles or scripts of its own.
     """
-    shown = frame if limit is None else frame.head(limit)
+    some = frame if limit is None else frame.head(limit)
     names, side = [str(one) for one in frame.columns], _sides(frame)
     head = "".join(_header(name, s, (shown_with or {}).get(name)) for name, s in zip(names, side, strict=True))
     body = "".join(_row(names, side, row, classes or {}, exact, chosen)
-                   for row in shown.itertuples(index=False, name=None))  # fmt: skip
-    rest = len(frame) - len(shown)
+                   for row in some.itertuples(index=False, name=None))  # fmt: skip
+    rest = len(frame) - len(some)
     foot = f'<tfoot><tr><td class="rest" colspan="{len(names)}">and {rest} more rows</td></tr></tfoot>' if rest else ""
     above = f"<caption>{escape(caption)}</caption>" if caption else ""
     return f"<table>{above}<thead><tr>{head}</tr></thead><tbody>{body}</tbody>{foot}</table>"

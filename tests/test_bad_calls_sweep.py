@@ -69,7 +69,6 @@ NASTY: dict[str, Callable[[], Any]] = {
     "model": lambda: opened("gpt_neox"),
     "site": lambda: rs.Neuron(9, 9),
 }
-FIGURES = tuple(name for name in CALLS if name.startswith("plot_"))
 SLOW = {"load", "check", "check_families", "operate", "validate", "run_lm_eval", "edit_rank_one", "edit_least_squares"}
 FEW = ("None", "huge", "NaN", "word", "empty list", "object", "array of anything", "whole tensor", "meta tensor")
 
@@ -172,7 +171,7 @@ def test_a_nasty_argument_is_refused_in_one_line_or_taken(
     no_forwards()
     faults = {}
     named = parameters(verb, good)
-    for one in named[:1] if name in FIGURES else named:  # how a figure looks is matplotlib's to take or refuse
+    for one in named:
         for kind in FEWEST if name == "run_lm_eval" else FEW if name in SLOW else some_of(NASTY, f"{name} {one}", 3):
             own = (kind == "class" and one in USERS) or (name, one, kind) == EVERY_FAMILY
             said = None if own else fault(verb, good | {one: NASTY[kind]()})

@@ -429,8 +429,9 @@ def study() -> pd.DataFrame:
 
 def test_a_study_is_a_line_an_arm_with_intervals() -> None:
     ax = plot_study(study(), "k", log=True, ylabel="nats")
-    for container, scale in zip(ax.containers, (1.0, 0.1), strict=True):
-        line, _, (segments,) = container
+    drawn = [one for one in ax.get_lines() if one.get_label() in ("located", "random")]
+    for line, container, scale in zip(drawn, ax.containers, (1.0, 0.1), strict=True):
+        _, _, (segments,) = container
         assert line.get_xdata().tolist() == [1, 3, 10]
         assert line.get_ydata().tolist() == pytest.approx([-scale, -3 * scale, -10 * scale])
         ends = [tuple(one[:, 1]) for one in segments.get_segments()]
@@ -438,11 +439,16 @@ def test_a_study_is_a_line_an_arm_with_intervals() -> None:
     assert [one.get_text() for one in ax.get_legend().get_texts()] == ["located", "random"]
     assert (ax.get_xscale(), ax.get_xlabel(), ax.get_ylabel()) == ("log", "k", "nats")
     assert labels(ax.get_xticklabels()) == ["1", "3", "10"]
-    first, second = (one[0] for one in ax.containers)
+    first, second = drawn
     assert (first.get_linestyle(), first.get_marker()) != (second.get_linestyle(), second.get_marker())
     named = plot_study(study().rename(columns={"k": "fact"}).replace({"fact": {1: "$a$", 3: "b", 10: "_c"}}), "fact")
     assert labels(named.get_xticklabels()) == ["_c", r"\$a\$", "b"]
-    assert named.containers[0][0].get_xdata().tolist() == [0, 1, 2]
+    assert named.get_lines()[0].get_xdata().tolist() == [0, 1, 2]
+    aside = plot_study(study().assign(mean=lambda one: one["high"] + 1), "k")  # a mean outside of its interval
+    (segments,) = aside.containers[0][2]
+    ends = [tuple(one[:, 1]) for one in segments.get_segments()]
+    assert ends == [pytest.approx((-k - 1, -k + 2)) for k in (1, 3, 10)]
+    assert aside.get_lines()[0].get_ydata().tolist() == pytest.approx([2.0, 0.0, -7.0])
     zero = study().assign(k=[0, 1, 3] * 2)
     cases = [(pd.concat([study(), study()]), {}, "one row for each"), (zero, {"log": True}, "`log` must be False")]
     for bad, options, said in (*cases, (study()[["k"]], {}, "columns")):

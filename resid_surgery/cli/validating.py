@@ -271,6 +271,7 @@ def exposure(
 ) -> None:
     """Where in your texts an edit acts: every context ranked by exposure, read once, in bounded memory."""
     import resid_surgery as rs
+    from resid_surgery.views.files import write_table
 
     if out is not None and not out.parent.is_dir():
         raise rs.ArgumentError(f"the folder of {out} must exist, so that the table can be written there.")
@@ -278,7 +279,7 @@ def exposure(
     change = rs.read_edit(opened, edited)
     table = rs.exposure(opened, change, corpus, top=top, tokens=limit)
     if out is not None:
-        table.to_csv(out, index=False)
+        write_table(out, table)
     show(table, rows, as_json, heading=repr(change), files=[] if out is None else [out])
 
 

@@ -4,17 +4,19 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from resid_surgery._check import message, whole
+from resid_surgery._check import choice, message, whole
 from resid_surgery.errors import ArgumentError
 from resid_surgery.evidence.graphs import SourceGraph
-from resid_surgery.views.figures import convention, need_columns
-from resid_surgery.views.lettering import plain, quoted
+from resid_surgery.views.figures import MOST_LINES
+from resid_surgery.views.lettering import plain, quoted, series
 from resid_surgery.views.plots import axes_of
 from resid_surgery.views.shading import Shades, largest, show_cells, write_cells
+from resid_surgery.views.taking import convention, label_of, one_of, said, taken
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+LOCATED = ("neuron", "head_source")
 MARKS = {
     "readout": "*",
     "neuron": "o",
@@ -39,30 +41,33 @@ def plot_sources(table: pd.DataFrame, *, reader: str | None = None, ax: "Axes | 
     Raises:
         ArgumentError: matplotlib is not installed, the table is another, or has no such reader.
     """
-    need_columns(table, "reader", "key", "writer", "position", "share", "unit", "kind")
-    name = str(table["reader"].iloc[0]) if reader is None else reader
-    rows = table[(table["reader"] == name) & (table["kind"] != "constant")]
+    named = ["reader", "key", "writer", "unit", "kind"]
+    found = taken(table, named=named, finite=["share"], partly=["position"], maker="sources")
+    name = one_of(found, "reader", reader, "reader")
+    rows = found[(found["reader"] == name) & (found["kind"] != "constant")]
     if rows.empty:
-        raise ArgumentError(message("reader", f"one of {sorted(set(table['reader']))}", reader))
+        raise ArgumentError(message("table", f"one with sources of {name} that are no constants", "none"))
     rows = rows.assign(label=[_where(w, p) for w, p in zip(rows["writer"], rows["position"], strict=True)])
     wide = rows.pivot_table(index="label", columns="key", values="share", aggfunc="sum", sort=False).fillna(0.0)
     wide = wide.loc[wide.abs().sum(axis=1).sort_values().index]
-    ax = axes_of(ax, 7.2, 1.2 + 0.28 * len(wide))
+    ax = axes_of(ax, 7.2, 1.2 + 0.28 * min(len(wide), MOST_LINES))
     high = 0.8 / wide.shape[1]
     for i, key in enumerate(wide):
         at = [y + (i - (wide.shape[1] - 1) / 2) * high for y in range(len(wide))]
-        ax.barh(at, wide[key], height=high, hatch=("", "///", "...")[i % 3], edgecolor="black", lw=0.5, label=str(key))
-    ax.set_yticks(range(len(wide)), wide.index)
+        ax.barh(
+            at, wide[key], height=high, hatch=("", "///", "...")[i % 3], edgecolor="black", lw=0.5, label=series(key)
+        )
+    ax.set_yticks(range(len(wide)), [plain(one) for one in wide.index])
     ax.axvline(0, lw=0.8, color="grey")
     ax.set_xlabel(plain(f"share ({rows['unit'].iloc[0]})"))
-    ax.set_title(f"What {name} reads")
+    ax.set_title(plain(f"What {name} reads"))
     ax.legend(frameon=False, fontsize=8)
     ax.grid(axis="x", alpha=0.25)
     return ax
 
 
 def _where(writer: str, position: Any) -> str:
-    return writer if pd.isna(position) else f"{writer} @{position}"
+    return writer if pd.isna(position) else f"{writer} @{position:g}"
 
 
 def plot_removed(table: pd.DataFrame, *, reader: str | None = None, ax: "Axes | None" = None) -> "Axes":
@@ -77,21 +82,20 @@ def plot_removed(table: pd.DataFrame, *, reader: str | None = None, ax: "Axes | 
     Raises:
         ArgumentError: matplotlib is not installed, the table is another, or has no such reader.
     """
-    need_columns(table, "reader", "writer_layer", "part", "change", "change_weights_fixed", "readout")
-    name = str(table["reader"].iloc[0]) if reader is None else reader
-    rows = table[table["reader"] == name].reset_index(drop=True)
-    if rows.empty:
-        raise ArgumentError(message("reader", f"one of {sorted(set(table['reader']))}", reader))
+    named, figures = ["reader", "part", "readout"], ["change", "change_weights_fixed"]
+    found = taken(table, named=named, real=["writer_layer", *figures], maker="attention_sources")
+    name = one_of(found, "reader", reader, "reader")
+    rows = found[found["reader"] == name].reset_index(drop=True)
+    label = plain(f"change of {rows['readout'].iloc[0]}") + convention(rows, *said(rows, "unit")[:1], apart="\n")
     ax = axes_of(ax, 9, 4)
-    for column, style, mark, label in (
+    for column, style, mark, words in (
         ("change", "-", "o", "everything recomputed"),
         ("change_weights_fixed", "--", "s", "attention weights fixed"),
     ):
-        ax.plot(rows.index, rows[column], style, marker=mark, ms=4, lw=1.3, label=label)
+        ax.plot(rows.index, rows[column], style, marker=mark, ms=4, lw=1.3, label=words)
     _steps(ax, rows)
-    unit = rows["unit"].iloc[0] if "unit" in rows else ""
-    ax.set_ylabel(plain(f"change of {rows['readout'].iloc[0]}") + convention(rows, unit, apart="\n"))
-    ax.set_title(f"What {name} writes without each lower vector")
+    ax.set_ylabel(label)
+    ax.set_title(plain(f"What {name} writes without each lower vector"))
     ax.legend(frameon=False)
     return ax
 
@@ -109,16 +113,19 @@ def plot_cross_layer(table: pd.DataFrame, *, layer: int | None = None, ax: "Axes
     Raises:
         ArgumentError: matplotlib is not installed, the table is another, or has no such layer.
     """
-    need_columns(table, "layer", "writer_layer", "part", "helpful", "unhelpful", "readout")
-    number = int(table["layer"].max()) if layer is None else layer
-    rows = table[table["layer"] == number].reset_index(drop=True)
-    if rows.empty:
-        raise ArgumentError(message("layer", f"one of {sorted(set(table['layer']))}", layer))
+    found = taken(table, whole=["layer"], named=["part", "readout"], real=["writer_layer", "helpful", "unhelpful"],
+                  maker="cross_layer")  # fmt: skip
+    layers = sorted(map(int, set(found["layer"])))
+    number = layers[-1] if layer is None else whole("layer", layer, 0)
+    if number not in layers:
+        raise ArgumentError(message("layer", f"one of {layers}", layer))
+    rows = found[found["layer"] == number].reset_index(drop=True)
+    label = plain(f"lent towards {rows['readout'].iloc[0]}") + convention(rows, apart="\n")
     ax = axes_of(ax, 9, 4)
     for column, style, mark in (("helpful", "-", "o"), ("unhelpful", "--", "s")):
         ax.plot(rows.index, rows[column], style, marker=mark, ms=4, lw=1.3, label=f"{column} neurons")
     _steps(ax, rows)
-    ax.set_ylabel(plain(f"lent towards {rows['readout'].iloc[0]}") + convention(rows, apart="\n"))
+    ax.set_ylabel(label)
     ax.set_title(f"What each lower vector lends the MLP of layer {number}")
     ax.legend(frameon=False)
     return ax
@@ -126,9 +133,9 @@ def plot_cross_layer(table: pd.DataFrame, *, layer: int | None = None, ax: "Axes
 
 def _steps(ax: "Axes", rows: pd.DataFrame) -> None:
     """Lower vectors along the axis: a tick at the attention of every few layers."""
-    attention = rows[rows["part"] == "attn"]
-    every = -(-len(attention) // 15)
-    ax.set_xticks(attention.index[::every], [f"L{i}" for i in attention["writer_layer"].iloc[::every]])
+    attention = rows[(rows["part"] == "attn") & rows["writer_layer"].notna()]
+    every = max(1, -(-len(attention) // 15))
+    ax.set_xticks(attention.index[::every], [f"L{i:g}" for i in attention["writer_layer"].iloc[::every]])
     ax.axhline(0, lw=0.8, color="grey")
     ax.set_xlabel("lower vector in forward order: embed, then attention and MLP of each layer")
     ax.grid(alpha=0.25)
@@ -146,10 +153,11 @@ def plot_locations(table: pd.DataFrame, *, kind: str = "neuron", ax: "Axes | Non
     Raises:
         ArgumentError: matplotlib is not installed, the table is another, or has no such kind.
     """
-    need_columns(table, "role", "kind", "layer")
-    rows = table[table["kind"] == kind]
+    found = taken(table, named=["role", "kind"], whole=["layer"], maker="locations")
+    kind = one_of(found, "kind", choice("kind", kind, LOCATED), "kind")
+    rows = found[(found["kind"] == kind) & found["role"].isin(("value", "query"))]
     if rows.empty:
-        raise ArgumentError(message("kind", f"one of {sorted(set(table['kind']))}", kind))
+        raise ArgumentError(message("table", "one with rows of the roles value and query", sorted(set(found["role"]))))
     ax = axes_of(ax, 8, 3.6)
     counts = rows.groupby(["layer", "role"]).size().unstack("role").fillna(0)
     for i, role in enumerate(("value", "query")):
@@ -182,11 +190,13 @@ def plot_heads(table: pd.DataFrame, value: str, *, label: str = "", ax: "Axes | 
     Raises:
         ArgumentError: matplotlib is not installed, or a column is missing.
     """
-    need_columns(table, "layer", "head", value)
-    grid = table.pivot_table(index="head", columns="layer", values=value)
-    ax = axes_of(ax, 1.5 + 0.3 * grid.shape[1], 1.2 + 0.32 * grid.shape[0])
+    found, shown = taken(table, whole=["layer", "head"], real=[value]), label_of("label", label, value)
+    if value in ("layer", "head"):
+        raise ArgumentError(message("value", "another column than layer and head", value))
+    grid = found.pivot_table(index="head", columns="layer", values=value)
+    ax = axes_of(ax, *(min(one, 100.0) for one in (1.5 + 0.3 * grid.shape[1], 1.2 + 0.32 * grid.shape[0])))
     values, shades = grid.to_numpy(dtype=float), Shades.of(grid)
-    show_cells(ax, values, shades, label=label or plain(value))
+    show_cells(ax, values, shades, label=shown)
     write_cells(ax, values, largest(values, 6), shades, 6)
     every = max(1, grid.shape[1] // 15)
     ax.set_xticks(range(0, grid.shape[1], every), [str(i) for i in grid.columns[::every]])
@@ -214,9 +224,8 @@ def plot_graph(graph: SourceGraph, *, edges: int = 60, fan: int = 3, ax: "Axes |
     """
     if not isinstance(graph, SourceGraph):
         raise ArgumentError(message("graph", "a graph from resid_surgery.source_graph", graph))
-    whole("edges", edges, 1)
-    whole("fan", fan, 1)
-    drawn = _drawn(graph, edges, fan)
+    every = len(graph.edges)
+    drawn = _drawn(graph, min(whole("edges", edges, 1), every), min(whole("fan", fan, 1), every))
     nodes = graph.nodes[graph.nodes["node"].isin({"unembed", *drawn["writer"], *drawn["reader"]})]
     levels, spots, columns = _places(nodes.drop_duplicates(["site", "position"]))
     pairs = zip(nodes["node"], nodes["site"], nodes["position"], strict=True)

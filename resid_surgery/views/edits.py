@@ -2,12 +2,13 @@
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
-from resid_surgery._check import message
+from resid_surgery._check import finite, message
 from resid_surgery.errors import ArgumentError
-from resid_surgery.views.figures import need_columns
 from resid_surgery.views.plots import axes_of
+from resid_surgery.views.taking import taken
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +19,7 @@ def plot_exposure(table: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
 
     Args:
         table: from `exposure_against_kl`. ax: where to draw. Positions where either is 0 or below have no place on
-            logarithmic axes and are counted in the title.
+            logarithmic axes and are counted in the title, as are infinite ones.
 
     Returns:
         The Axes.
@@ -26,22 +27,29 @@ def plot_exposure(table: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
     Raises:
         ArgumentError: matplotlib is not installed, a column is missing, or no position has both.
     """
-    need_columns(table, "exposure", "kl")
-    shown = table[(table["exposure"] > 0) & (table["kl"] > 0)]
+    found = taken(table, real=["exposure", "kl"], maker="exposure_against_kl")
+    shown = found[(found["exposure"] > 0) & (found["kl"] > 0) & np.isfinite(found["exposure"] + found["kl"])]
     if shown.empty:
         raise ArgumentError(message("table", "of at least one position with exposure and KL above 0", len(table)))
+    rank = found.attrs.get("rank_correlation")
+    said = "" if rank is None else f"rank correlation {_rank(rank)}, "
     ax = axes_of(ax, 6.0, 4.5)
     ax.scatter(shown["exposure"], shown["kl"], s=8, alpha=0.5, color="black", linewidths=0)
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlabel("exposure (share of the stream's norm)")
     ax.set_ylabel("KL(base, edited), nats")
-    rank = table.attrs.get("rank_correlation")
-    said = "" if rank is None else f"rank correlation {rank:.2f}, "
     left = len(table) - len(shown)
     ax.set_title(f"{said}{len(table)} positions" + (f", {left} not shown" if left else ""))
     ax.grid(alpha=0.25)
     return ax
+
+
+def _rank(given: object) -> str:
+    """A rank correlation in two digits; one of constants is no number."""
+    if isinstance(given, float) and given != given:
+        return "none"
+    return f"{finite('table.attrs[rank_correlation]', given):.2f}"
 
 
 def plot_retention(table: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
@@ -56,12 +64,14 @@ def plot_retention(table: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
     Raises:
         ArgumentError: matplotlib is not installed, or a column is missing.
     """
-    need_columns(table, "edits", "at_once", "retained")
+    rows = taken(table, whole=["edits"], real=["at_once", "retained"])
+    if rows["edits"].min() < 1:
+        raise ArgumentError(message("table['edits']", "a column of numbers of edits, from 1 up", rows["edits"].min()))
     ax = axes_of(ax, 6.0, 4.0)
-    ax.plot(table["edits"], table["at_once"], "o--", color="grey", label="right after its own edit")
-    ax.plot(table["edits"], table["retained"], "s-", color="black", label="at this checkpoint")
+    ax.plot(rows["edits"], rows["at_once"], "o--", color="grey", label="right after its own edit")
+    ax.plot(rows["edits"], rows["retained"], "s-", color="black", label="at this checkpoint")
     ax.set_xscale("log")
-    ax.set_xticks(table["edits"], table["edits"].astype(str))
+    ax.set_xticks(rows["edits"], rows["edits"].astype(str))
     ax.minorticks_off()
     ax.set_ylim(-0.05, 1.05)
     ax.set_xlabel("edits so far")

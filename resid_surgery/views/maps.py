@@ -1,25 +1,26 @@
 """Maps of one prompt: its tokens shaded, states by position, heads by source. Tidy table -> matplotlib Axes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from resid_surgery._check import choice, message, whole
+from resid_surgery._check import choice, iterable, message, whole
 from resid_surgery.addresses import parse_site
 from resid_surgery.errors import ArgumentError
 from resid_surgery.sites import HeadSource
-from resid_surgery.views.figures import need_columns, need_numbers
 from resid_surgery.views.lettering import plain, quoted, spaced
 from resid_surgery.views.plots import axes_of
 from resid_surgery.views.shading import Shades, decimals, largest, number, room, show_cells, write_cells
+from resid_surgery.views.taking import label_of, taken
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PLACES = ("source", "position")
-LONGEST = 18
+LONGEST, MOST_TOKENS = 18, 100_000
 
 
 def plot_tokens(
@@ -46,11 +47,10 @@ def plot_tokens(
         ArgumentError: matplotlib is not installed, a column is missing, or the tokens are not known.
     """
     place = place_of(table)
-    need_columns(table, place, value)
-    need_numbers(table, value)
-    whole("wrap", wrap, 1)
-    sums = table.groupby(place)[value].sum()
-    texts = tokens_of(table, place, tokens)
+    rows = taken(table, whole=[place], real=[value])
+    wrap, shown = min(whole("wrap", wrap, 1), LONGEST * MOST_TOKENS), label_of("label", label, value)
+    texts = tokens_of(rows, place, tokens)
+    sums = rows.groupby(place)[value].sum(min_count=1)
     values = [float(sums.get(i, np.nan)) for i in range(len(texts))]
     words = [spaced(one, LONGEST) for one in texts]
     spots, lines = _lines([max(5, len(word) + 1) for word in words], wrap)
@@ -58,7 +58,7 @@ def plot_tokens(
     shades, places = Shades.of(values), decimals(values)
     for word, amount, spot in zip(words, values, spots, strict=True):
         _cell(ax, word, amount, number(amount, places), spot, shades)
-    _frame(ax, max(x + wide for x, _, wide in spots), lines, shades, label or plain(value))
+    _frame(ax, max(x + wide for x, _, wide in spots), lines, shades, shown)
     return ax
 
 
@@ -119,18 +119,19 @@ def plot_head_sources(
     Raises:
         ArgumentError: matplotlib is not installed, a column is missing, or there is no such pair.
     """
-    need_columns(table, "site", value)
-    need_numbers(table, value)
-    whole("heads", heads, 1)
-    grid = _by_source(table, value)
+    grid = _by_source(taken(table, named=["site"], real=[value]), value)
+    most, told = whole("heads", heads, 1), label_of("label", label, value)
     order = grid.abs().max(axis=1).sort_values(ascending=False, kind="stable").index
-    shown = grid.loc[sorted(order[:heads])]
+    shown = grid.loc[sorted(order[: min(most, len(order))])]
     values = shown.to_numpy(dtype=float)
     columns = [int(str(j)) for j in grid.columns]
-    places = [_place(j, tokens) for j in columns]
+    known = None if tokens is None else texts_of(tokens)
+    if known is not None and len(known) <= max(columns):
+        raise ArgumentError(message("tokens", f"a prompt's tokens, for positions up to {max(columns)}", tokens))
+    places = [_place(j, known) for j in columns]
     ax = axes_of(ax, min(15.0, 2.6 + 0.75 * len(columns)), max(3.0, 1.7 + 0.27 * len(shown)))
     shades = Shades.of(values)
-    show_cells(ax, values, shades, label=label or plain(value))
+    show_cells(ax, values, shades, label=told)
     if room(ax, len(columns), 7) >= 5:
         write_cells(ax, values, largest(values, values.size), shades, 7)
     _ticks(ax, places, [f"L{layer}.H{head}" for layer, head in shown.index])
@@ -145,7 +146,7 @@ def _by_source(table: pd.DataFrame, value: str) -> pd.DataFrame:
     """(layer, head) x source; several rows of a pair are an error of the caller's."""
     rows = {}
     for text, amount in zip(table["site"], table[value], strict=True):
-        if not isinstance(text, str) or "<" not in text:
+        if "<" not in text:
             continue
         site = parse_site(text)
         if not isinstance(site, HeadSource):
@@ -160,7 +161,7 @@ def _by_source(table: pd.DataFrame, value: str) -> pd.DataFrame:
 
 
 def _place(position: int, tokens: Sequence[str] | None) -> str:
-    if tokens is None or position >= len(tokens):
+    if tokens is None:
         return str(position)
     return f"{position} {quoted(tokens[position], LONGEST)}"
 
@@ -190,19 +191,22 @@ def plot_lens(table: pd.DataFrame, *, value: str = "prob", every: int = 1, ax: "
     Raises:
         ArgumentError: matplotlib is not installed, the table is another, or an option out of range.
     """
-    need_columns(table, "step", "site", "position", "token", "predicted", "prob", "target_prob")
     choice("value", value, ("prob", "target_prob"))
-    whole("every", every, 1)
-    steps = sorted(table["step"].unique())
-    kept = [step for step in steps if step % every == 0 or step == steps[-1]]
-    rows = table[table["step"].isin(kept)]
+    apart = whole("every", every, 1)
+    found = taken(table, whole=["step", "position"], named=["site", "token", "predicted"],
+                  real=["prob", "target_prob"], maker="lens_positions")  # fmt: skip
+    steps = sorted(map(int, set(found["step"])))
+    kept = [step for step in steps if step % apart == 0 or step == steps[-1]]
+    rows = found[found["step"].isin(kept)]
+    if not rows[value].notna().any():
+        raise ArgumentError(message(f"table[{value!r}]", "a column with a number in the states shown", "none"))
     grid = rows.pivot_table(index="step", columns="position", values=value)
     texts = rows.pivot_table(index="step", columns="position", values="predicted", aggfunc="first").to_numpy()
     tokens = rows.drop_duplicates("position").set_index("position")["token"].loc[grid.columns]
     ax = axes_of(ax, min(16.0, 2.6 + 0.95 * grid.shape[1]), max(3.4, 1.5 + 0.24 * grid.shape[0]))
     letters = min(12, room(ax, grid.shape[1], 8))
     shades, values = Shades(0.0, 1.0, "Greys"), grid.to_numpy(dtype=float)
-    what = "the token shown" if value == "prob" else quoted(table.attrs.get("target", "the target"))
+    what = "the token shown" if value == "prob" else quoted(found.attrs.get("target", "the target"))
     show_cells(ax, values, shades, label=f"probability of {what}\n(logit lens, own norm)")
     if letters >= 3:
         write_cells(ax, values, [[spaced(one, letters) for one in row] for row in texts], shades, 8)
@@ -229,13 +233,30 @@ def tokens_of(table: pd.DataFrame, place: str, given: Sequence[str] | None) -> l
     Raises:
         ArgumentError: not known for every position, or the table has positions that the prompt has not.
     """
-    last = int(table[place].max()) if len(table) else -1
+    first, last = int(table[place].min()), int(table[place].max())
+    if first < 0:
+        raise ArgumentError(message(f"table[{place!r}]", "a column of positions from 0 up", first))
     if given is not None:
-        if isinstance(given, str) or len(given) <= last:
+        found = texts_of(given)
+        if len(found) <= last:
             raise ArgumentError(message("tokens", f"a prompt's tokens, for positions up to {last}", given))
-        return [str(one) for one in given]
-    known = {} if "token" not in table else dict(zip(table[place], table["token"], strict=True))
-    if not known or set(known) != set(range(last + 1)):
+        return found
+    told = taken(table, named=["token"]) if "token" in table else table.assign(token="").iloc[:0]
+    known = dict(zip(told[place], told["token"], strict=True))
+    if len(known) != last + 1:
         do = "Pass tokens=rec.prompt.tokens."
         raise ArgumentError(message("table", "one with the token of every position", list(table.columns), do=do))
     return [str(known[i]) for i in range(last + 1)]
+
+
+def texts_of(tokens: Any) -> list[str]:
+    """Texts of a prompt's tokens, of which no figure shows more than `MOST_TOKENS`.
+
+    Raises:
+        ArgumentError: they are no sequence of texts.
+    """
+    found = list(islice(tokens, MOST_TOKENS + 1)) if iterable(tokens) and not isinstance(tokens, Mapping) else []
+    if not found or len(found) > MOST_TOKENS or not all(isinstance(one, str) for one in found):
+        must = f"the texts of a prompt's 1 to {MOST_TOKENS} tokens (rec.prompt.tokens)"
+        raise ArgumentError(message("tokens", must, tokens))
+    return found

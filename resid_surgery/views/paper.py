@@ -27,11 +27,11 @@ from resid_surgery.attribution.locating import locate
 from resid_surgery.attribution.removing import attention_sources
 from resid_surgery.attribution.scores import counts, scores
 from resid_surgery.attribution.switching import locations
-from resid_surgery.stream.recording import Recording, be_recording
+from resid_surgery.stream.recording import Recording, be_recording, need_recording
 from resid_surgery.stream.tables import stream_bs
 from resid_surgery.views.circuits import plot_cross_layer, plot_locations, plot_removed
 from resid_surgery.views.figures import plot_cumulated, plot_probability
-from resid_surgery.views.plots import plot_stream, pyplot_module
+from resid_surgery.views.plots import need_axes, plot_stream
 from resid_surgery.views.profiles import plot_counts, plot_layer_scores, plot_separation, plot_shares
 
 if TYPE_CHECKING:
@@ -107,13 +107,17 @@ def plot_paper(
 
     Raises:
         ArgumentError: matplotlib is not installed, no such figure, or it needs another recording.
+        StaleRecordingError: the model's weights, modules, hooks or settings changed since.
 
     Source: Yu & Ananiadou, arXiv 2312.12141 v1.
     """
-    pyplot_module()
+    need_axes(ax)
     be_recording(rec)
-    name = _check.choice("figure", str(figure), tuple(DRAWN))
+    number = _check.index_of(figure)
+    name = _check.choice("figure", figure if number is None else str(number), tuple(DRAWN))
     _check.choice("kind", kind, KINDS)
     if layer is not None:
-        (layer,) = _check.layers(_check.whole("layer", layer, -rec.model.anatomy.n_layers), rec.model.anatomy.n_layers)
+        n, do = rec.model.anatomy.n_layers, "Count from the end with -1."
+        layer = _check.whole("layer", layer, -n, n - 1, model=rec.model.name, do=do) % n
+    need_recording(rec)
     return DRAWN[name](Asked(rec, layer, kind, ax))

@@ -1,16 +1,17 @@
 """Figures: tidy table -> matplotlib Axes. Nothing here shows, saves or changes global style."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from resid_surgery._check import message
+from resid_surgery._check import iterable, message
 from resid_surgery.errors import ArgumentError
-from resid_surgery.sites import ExpertNeuron, Neuron, SharedNeuron, Site
+from resid_surgery.sites import ExpertNeuron, Neuron, Projection, Resid, SharedNeuron, Site
 from resid_surgery.stream.tables import state_after
 from resid_surgery.views.lettering import plain, quoted
 from resid_surgery.views.shading import MARKS, STYLES, Shades, largest, show_cells, write_cells
+from resid_surgery.views.taking import placed, taken
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,18 +28,22 @@ def plot_stream(stream: pd.DataFrame, *, marked: Sequence[Site] = (), ax: "Axes 
         The Axes; lines differ in dash, from the fifth on also in marker, not in colour alone.
 
     Raises:
-        ArgumentError: matplotlib is not installed, or the table is not from `stream_bs`.
+        ArgumentError: matplotlib is not installed, the table is not from `stream_bs`, or something marked is no site
+            that writes along it.
     """
-    pyplot_module()
-    if not {"step", "bs_value", "token", "token_id", "role"} <= set(getattr(stream, "columns", ())):
-        raise ArgumentError(message("stream", "a table from resid_surgery.stream_bs", type(stream).__name__))
+    need_axes(ax)
+    rows = taken(stream, name="stream", whole=["step", "layer", "token_id"], named=["site", "token", "role"],
+                 real=["bs_value"], maker="stream_bs")  # fmt: skip
+    target = rows[rows["role"] == "target"]
+    if target.empty:
+        raise ArgumentError(message("stream", "one with rows of the role 'target'", sorted(set(rows["role"]))))
+    seen = _seen(target, marked)
     ax = axes_of(ax, 10, 5.2)
-    target = stream[stream["role"] == "target"]
-    for i, (_, curve) in enumerate(stream.groupby("token_id", sort=False)):  # two tokens may have one text
+    for i, (_, curve) in enumerate(rows.groupby("token_id", sort=False)):  # two tokens may have one text
         name = quoted(curve["token"].iloc[0])
         marks: dict[str, Any] = {"marker": MARKS[i % 8], "markevery": (i, 12), "ms": 5} if i >= len(STYLES) else {}
         ax.plot(curve["step"], curve["bs_value"], STYLES[i % 4], lw=2.2 if i == 0 else 1.6, label=name, **marks)
-    _mark(ax, target, marked)
+    _mark(ax, target, seen)
     layers = target.groupby("layer")["step"].min()
     every = max(1, len(layers) // 15)
     ax.set_xticks(layers.iloc[::every], [str(i) for i in layers.index[::every]])
@@ -50,13 +55,28 @@ def plot_stream(stream: pd.DataFrame, *, marked: Sequence[Site] = (), ax: "Axes 
     return ax
 
 
-def _mark(ax: "Axes", target: pd.DataFrame, marked: Sequence[Site]) -> None:
-    """Markers on the target's curve at the state that a site's sublayer has just written."""
-    heights = dict(zip(target["site"], zip(target["step"], target["bs_value"], strict=True), strict=True))
+def _seen(target: pd.DataFrame, marked: Iterable[Site]) -> dict[tuple[str, bool], list[Site]]:
+    """(state, whether it is a neuron's) -> the sites whose sublayer has just written there."""
+    if not iterable(marked):
+        raise ArgumentError(message("marked", "a sequence of sites, such as found.sites", marked))
     seen: dict[tuple[str, bool], list[Site]] = {}
+    states, layers = list(target["site"]), set(target["layer"])
     for site in marked:
+        if (
+            not isinstance(site, Site)
+            or isinstance(site, (Resid, Projection))
+            or getattr(site, "layer", 0) not in layers
+        ):
+            must = f"sites that write in layers {min(layers)} to {max(layers)}, such as found.sites"
+            raise ArgumentError(message("marked", must, site))
         neuron = isinstance(site, (Neuron, ExpertNeuron, SharedNeuron))
-        seen.setdefault((state_after(site, list(heights)), neuron), []).append(site)
+        seen.setdefault((state_after(site, states), neuron), []).append(site)
+    return seen
+
+
+def _mark(ax: "Axes", target: pd.DataFrame, seen: dict[tuple[str, bool], list[Site]]) -> None:
+    """Markers on the target's curve at the states where sites wrote."""
+    heights = dict(zip(target["site"], zip(target["step"], target["bs_value"], strict=True), strict=True))
     for kind, marker, label in ((True, "o", "located neurons"), (False, "^", "located attention subvalues")):
         places = [heights[name] for name, neuron in seen if neuron is kind]
         if places:
@@ -90,18 +110,24 @@ def plot_grid(
     Raises:
         ArgumentError: matplotlib is not installed, or the table has no such columns.
     """
-    pyplot_module()
+    need_axes(ax)
     if not isinstance(table, pd.DataFrame):
         raise ArgumentError(message("table", "a table from resid_surgery.sweep", type(table).__name__))
     if columns is None:
         options = [name for name in ("position", "head", "source", "index") if name in table and name != rows]
-        columns = next((name for name in options if table[name].nunique() > 1), options[0] if options else "position")
+        columns = next((name for name in options if len(set(map(str, table[name]))) > 1),
+                       options[0] if options else "position")  # fmt: skip
     for name, column in (("value", value), ("rows", rows), ("columns", columns)):
-        if column not in table:
+        if not isinstance(column, str) or column not in table:
             raise ArgumentError(message(name, "a column of the table: " + ", ".join(map(str, table.columns)), column))
-    if not pd.api.types.is_numeric_dtype(table[value]):
-        raise ArgumentError(message("value", "a column of numbers", value))
-    cells = table.pivot_table(index=rows, columns=columns, values=value, aggfunc="mean").sort_index()
+    if len({value, rows, columns}) < 3:
+        raise ArgumentError(message("columns", "another column than `rows` and `value`", columns))
+    found = placed(taken(table, real=[value]), rows, columns)
+    cells = found.pivot_table(index=rows, columns=columns, values=value, aggfunc="mean").sort_index()
+    if cells.empty:
+        raise ArgumentError(
+            message(f"table[{value!r}]", "a column with a number where rows and columns have one", "none")
+        )
     values = cells.to_numpy(dtype=float)
     wide, high = (min(14.0, 2.4 + 0.42 * values.shape[1]), min(10.0, 1.6 + 0.22 * values.shape[0]))
     ax = axes_of(ax, max(5.0, wide), max(3.0, high))
@@ -111,7 +137,7 @@ def plot_grid(
     write_cells(ax, values, largest(values, written), shades, 6)
     names = [plain(one) for one in cells.columns]
     if columns == "position" and "token" in table:
-        tokens = table.drop_duplicates("position").set_index("position")["token"]
+        tokens = found.drop_duplicates("position").set_index("position")["token"]
         names = [f"{at} {quoted(tokens[at], 16)}" for at in cells.columns]
     for axis, labels, name in ((ax.xaxis, names, columns), (ax.yaxis, [plain(one) for one in cells.index], rows)):
         every = max(1, len(labels) // 30)
@@ -133,13 +159,20 @@ _UNITS = {
 
 def axes_of(ax: "Axes | None", wide: float, high: float) -> "Axes":
     """Where to draw: the Axes given, or a new figure's."""
-    pyplot = pyplot_module()
+    need_axes(ax)
     if ax is None:
-        made: Axes = pyplot.subplots(figsize=(wide, high), layout="constrained")[1]
+        made: Axes = pyplot_module().subplots(figsize=(wide, high), layout="constrained")[1]
         return made
-    if not hasattr(ax, "get_figure"):
-        raise ArgumentError(message("ax", "matplotlib Axes, or None", ax))
     return ax
+
+
+def need_axes(ax: Any) -> None:
+    """Refuse to draw without matplotlib, and in what is neither Axes of a figure nor None."""
+    pyplot_module()
+    from matplotlib.axes import Axes
+
+    if ax is not None and (not isinstance(ax, Axes) or ax.get_figure() is None):
+        raise ArgumentError(message("ax", "matplotlib Axes of a figure, or None", ax))
 
 
 def pyplot_module() -> Any:

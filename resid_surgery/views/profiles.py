@@ -4,15 +4,19 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from resid_surgery._check import message
+from resid_surgery._check import flag, message
 from resid_surgery.errors import ArgumentError
-from resid_surgery.views.figures import convention, need_columns, need_numbers, plot_layers
+from resid_surgery.views.figures import plot_layers
 from resid_surgery.views.lettering import plain, quoted, series
 from resid_surgery.views.plots import axes_of
 from resid_surgery.views.shading import MARKS, MINUS, STYLES
+from resid_surgery.views.taking import convention, label_of, middles, one_of, placed, said, taken, to_scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+WIDEST = 200.0
+"""Inches."""
 
 
 def plot_layer_scores(table: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
@@ -25,11 +29,11 @@ def plot_layer_scores(table: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes
         The Axes.
 
     Raises:
-        ArgumentError: matplotlib is not installed, or the table is another.
+        ArgumentError: matplotlib is not installed, the table is another, or an option is none of those.
     """
-    need_columns(table, "layer", "kind", "log_prob_increase")
-    label = f"log-prob increase{convention(table, 'nats')}"
-    return plot_layers(table, "log_prob_increase", hue="kind", ylabel=label, ax=ax)
+    rows = taken(table, whole=["layer"], named=["kind"], real=["log_prob_increase"], maker="scores")
+    label = f"log-prob increase{convention(rows, 'nats')}"
+    return plot_layers(rows, "log_prob_increase", hue="kind", ylabel=label, ax=ax)
 
 
 def plot_counts(table: pd.DataFrame, *, share: bool = False, ax: "Axes | None" = None) -> "Axes":
@@ -43,18 +47,21 @@ def plot_counts(table: pd.DataFrame, *, share: bool = False, ax: "Axes | None" =
         The Axes; helpful solid, harmful dashed, kinds differ in marker.
 
     Raises:
-        ArgumentError: matplotlib is not installed, or the table is another.
+        ArgumentError: matplotlib is not installed, the table is another, or an option is none of those.
     """
-    need_columns(table, "layer", "kind", "helpful", "harmful", "candidates")
-    need_numbers(table, "helpful", "harmful", "candidates")
+    flag("share", share)
+    numbers = ["helpful", "harmful", "candidates"]
+    taken_rows = taken(table, whole=["layer"], named=["kind"], finite=numbers, maker="counts")
+    scores = said(taken_rows, "score")
+    what = f"{'share of ' if share else ''}subvalues" + (f" by {', '.join(scores)}" if scores else "")
+    label = what + convention(taken_rows, apart="\n")
     ax = axes_of(ax, 8, 4)
-    for i, (kind, rows) in enumerate(table.groupby("kind", sort=False)):
+    for i, (kind, rows) in enumerate(taken_rows.groupby("kind", sort=False)):
         for style, sign in (("-", "helpful"), ("--", "harmful")):
             amounts = rows[sign] / rows["candidates"] if share else rows[sign]
             curve = amounts.groupby(rows["layer"]).mean()
             ax.plot(curve.index, curve, style, marker=MARKS[i % 8], ms=4, lw=1.4, label=series(f"{kind}, {sign}"))
-    score = "" if "score" not in table else f" by {', '.join(dict.fromkeys(table['score']))}"
-    _by_layer(ax, plain(f"{'share of ' if share else ''}subvalues{score}") + convention(table, apart="\n"))
+    _by_layer(ax, label)
     return ax
 
 
@@ -68,13 +75,12 @@ def plot_shares(table: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
         The Axes.
 
     Raises:
-        ArgumentError: matplotlib is not installed, or the table is another.
+        ArgumentError: matplotlib is not installed, the table is another, or an option is none of those.
     """
-    need_columns(table, "layer", "kind", "share", "k")
-    need_numbers(table, "share")
-    many = " or ".join(str(k) for k in sorted(set(table["k"])))
-    label = f"share of the {many} best\nin all that helps{convention(table)}"
-    return plot_layers(table, "share", hue="kind", ylabel=label, ax=ax)
+    rows = taken(table, whole=["layer", "k"], named=["kind"], real=["share"], maker="best_share")
+    many = " or ".join(str(k) for k in sorted(set(rows["k"])))
+    label = f"share of the {many} best\nin all that helps{convention(rows)}"
+    return plot_layers(rows, "share", hue="kind", ylabel=label, ax=ax)
 
 
 def plot_separation(table: pd.DataFrame, *, versus: str | None = None, ax: "Axes | None" = None) -> "Axes":
@@ -89,12 +95,10 @@ def plot_separation(table: pd.DataFrame, *, versus: str | None = None, ax: "Axes
     Raises:
         ArgumentError: matplotlib is not installed, the table is another, or has no such competitor.
     """
-    need_columns(table, "layer", "kind", "target", "versus", "difference")
-    need_numbers(table, "difference")
-    other = str(table["versus"].iloc[0]) if versus is None else versus
-    rows = table[table["versus"] == other]
-    if rows.empty:
-        raise ArgumentError(message("versus", f"one of {sorted(set(table['versus']))}", versus))
+    named = ["kind", "target", "versus"]
+    rows = taken(table, whole=["layer"], named=named, real=["difference"], maker="separation")
+    other = one_of(rows, "versus", versus, "versus")
+    rows = rows[rows["versus"] == other]
     label = (
         f"bs {quoted(rows['target'].iloc[0], 16)} \u2212 {quoted(other, 16)}{convention(rows, 'logits', apart=chr(10))}"
     )
@@ -112,13 +116,12 @@ def plot_addition(table: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
         "before + added = after".
 
     Raises:
-        ArgumentError: matplotlib is not installed, or the table is another.
+        ArgumentError: matplotlib is not installed, the table is another, or an option is none of those.
     """
     sums = ("bs_before", "bs_added", "bs_after", "prob_before", "prob_after")
-    need_columns(table, "case", "token", *sums)
-    need_numbers(table, *sums)
-    cases = list(table.groupby("case", sort=False))
-    ax = axes_of(ax, 1.6 + 1.0 * len(table) + 0.5 * len(cases), 4.2)
+    shown = taken(table, named=["case", "token"], finite=sums, maker="add_subvalues")
+    cases, units = list(shown.groupby("case", sort=False)), convention(shown, "logits")
+    ax = axes_of(ax, min(1.6 + 1.0 * len(shown) + 0.5 * len(cases), WIDEST), 4.2)
     places, names, start = [], [], 0.0
     for case, rows in cases:
         at = [start + i for i in range(len(rows))]
@@ -134,9 +137,9 @@ def plot_addition(table: pd.DataFrame, *, ax: "Axes | None" = None) -> "Axes":
         ax.bar_label(bars, [_probability(p) for p in heights], fontsize=7, padding=2)
     ax.set_xticks(places, names, fontsize=8)
     ax.tick_params(axis="x", length=0)
-    ax.set_xlabel(f"token, and before-softmax values: before + added = after{convention(table, 'logits')}")
+    ax.set_xlabel(f"token, and before-softmax values: before + added = after{units}")
     ax.set_ylabel("probability")
-    ax.set_ylim(top=1.12 * max(table["prob_before"].max(), table["prob_after"].max()))
+    ax.set_ylim(top=1.12 * max(shown["prob_before"].max(), shown["prob_after"].max()))
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
 
@@ -177,30 +180,37 @@ def plot_study(
         The Axes; lines differ in marker and dash, not in colour alone; bars are the intervals in the table.
 
     Raises:
-        ArgumentError: matplotlib is not installed, a column is missing, or a line has two values at one place.
+        ArgumentError: matplotlib is not installed, a column is missing or of another kind, a line has two values at one
+            place, or an option is none of those.
     """
-    need_columns(table, x, hue, "mean", "low", "high")
-    need_numbers(table, "mean")
-    if table.duplicated([hue, x]).any():
-        raise ArgumentError(message("table", f"one with one row for each {hue} and {x}", f"{len(table)} rows"))
-    scaled = pd.api.types.is_numeric_dtype(table[x])
-    levels = sorted(table[x].unique()) if scaled else list(dict.fromkeys(table[x]))
+    flag("log", log)
+    label = label_of("ylabel", ylabel, "mean over prompts, with its interval")
+    figures = ["mean", "low", "high"]
+    if isinstance(x, str) and isinstance(hue, str) and x == hue:
+        raise ArgumentError(message("hue", "another column than `x`", hue))
+    columns = taken(table, real=figures)
+    scaled = isinstance(x, str) and x in columns and to_scale(columns[x])
+    shown = taken(columns, real=figures, named=[hue] if scaled else [x, hue], finite=[x] if scaled else [])
+    shown = placed(shown, x) if scaled else shown
+    if shown.duplicated([hue, x]).any():
+        raise ArgumentError(message("table", f"one with one row for each {hue} and {x}", f"{len(shown)} rows"))
+    levels = sorted(shown[x].unique()) if scaled else list(dict.fromkeys(shown[x]))
     if log and (not scaled or min(levels) <= 0):
         raise ArgumentError(message("log", "False where `x` is not all numbers above 0", True))
+    shown["place"] = shown[x] if scaled else shown[x].map(levels.index)
+    shown["middle"], shown["half"] = middles(shown, "low", "high")
     ax = axes_of(ax, 6.6, 4.2)
-    for i, (name, rows) in enumerate(table.groupby(hue, sort=False)):
-        at = sorted(zip(rows[x] if scaled else rows[x].map(levels.index), rows["mean"], rows["low"], rows["high"],
-                        strict=True))  # fmt: skip
-        places, means, low, high = (pd.Series(one, dtype=float) for one in zip(*at, strict=True))
-        spans, style = [means - low, high - means], MARKS[i % 8] + STYLES[i % 4]
-        ax.errorbar(places, means, yerr=spans, fmt=style, ms=5, lw=1.4, capsize=3, label=series(name))
+    for i, (name, some) in enumerate(shown.groupby(hue, sort=False)):
+        rows = some.sort_values("place")
+        (line,) = ax.plot(rows["place"], rows["mean"], MARKS[i % 8] + STYLES[i % 4], ms=5, lw=1.4, label=series(name))
+        ax.errorbar(rows["place"], rows["middle"], yerr=rows["half"], fmt="none", ecolor=line.get_color(), capsize=3)
     if log:
         ax.set_xscale("log")
     ax.set_xticks(levels if scaled else range(len(levels)), [plain(one) for one in levels])
     ax.minorticks_off()
     ax.axhline(0, lw=0.8, color="grey")
     ax.set_xlabel(plain(x))
-    ax.set_ylabel(ylabel or "mean over prompts, with its interval")
+    ax.set_ylabel(label)
     ax.legend(frameon=False, title=plain(hue))
     ax.grid(alpha=0.25)
     return ax

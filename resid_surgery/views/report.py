@@ -168,6 +168,8 @@ def _frame(value: pd.DataFrame) -> Page:
 
 
 def _frames(value: Mapping[Any, Any]) -> Page:
+    if not value:
+        raise ArgumentError(message("value", "a dict of at least one DataFrame", value))
     for name, one in value.items():
         if not isinstance(one, pd.DataFrame):
             raise ArgumentError(message("value", "a dict of DataFrames", {name: type(one).__name__}))

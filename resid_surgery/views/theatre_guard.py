@@ -124,7 +124,7 @@ def new_key() -> str:
 
 def _asked(scope: MutableMapping[str, Any]) -> str:
     """The key in the address."""
-    return parse_qs(scope.get("query_string", b"").decode("latin-1")).get("key", [""])[0]
+    return str(parse_qs(scope.get("query_string", b"").decode("latin-1")).get("key", [""])[0])
 
 
 def _cookie(scope: MutableMapping[str, Any]) -> str:

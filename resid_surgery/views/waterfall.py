@@ -7,10 +7,10 @@ import pandas as pd
 
 from resid_surgery._check import finite, message, whole
 from resid_surgery.errors import ArgumentError
-from resid_surgery.views.figures import convention, need_columns, need_numbers
 from resid_surgery.views.lettering import plain
 from resid_surgery.views.plots import axes_of
 from resid_surgery.views.shading import MINUS, decimals, number
+from resid_surgery.views.taking import convention, taken
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ LOOKS = {
     "compensates": ("white", "\\\\\\"),
     "norm's new scale": ("white", "++"),
 }
-SMALL = 1e-9
+SMALL, LARGEST = 1e-9, 1e12
 
 
 @final
@@ -57,19 +57,20 @@ def plot_ledger(ledger: pd.DataFrame, *, top: int = 8, before: float | None = No
         ArgumentError: matplotlib is not installed, the table is another, or an option is out of range.
     """
     parts = ("bs_before", "bs_change", "direct", "post_norm", "indirect")
-    need_columns(ledger, "site", "kind", *parts)
-    need_numbers(ledger, *parts)
-    whole("top", top, 1)
-    if not (ledger["kind"] == "norm_scale").any():
-        raise ArgumentError(message("ledger", "whole, with its row norm_scale", f"{len(ledger)} rows"))
-    start = float(ledger["bs_before"].sum()) if before is None else finite("before", before)
-    steps = ledger_steps(ledger, top)
+    rows = taken(ledger, name="ledger", named=["site", "kind"], finite=parts)
+    most = min(whole("top", top, 1), len(rows))
+    if not (rows["kind"] == "norm_scale").any():
+        raise ArgumentError(message("ledger", "whole, with its row norm_scale", f"{len(rows)} rows"))
+    start = float(rows["bs_before"].sum()) if before is None else finite("before", before)
+    steps, units = ledger_steps(rows, most), convention(rows, "logits")
     sums = [0.0, start, *(start + pd.Series([one.amount for one in steps]).cumsum())]
+    if not max(map(abs, sums)) < LARGEST:
+        raise ArgumentError(message("ledger", f"one whose sums are below {LARGEST:g} logits", max(sums, key=abs)))
     ax = axes_of(ax, 8.6, 1.5 + 0.31 * (len(steps) + 2))
     bars = _draw(ax, start, steps, max(2, decimals(sums)))
     ax.set_yticks(range(len(bars)), [plain(name) for name in bars])
     ax.invert_yaxis()
-    ax.set_xlabel(f"bs-value of the target{convention(ledger, 'logits')}")
+    ax.set_xlabel(f"bs-value of the target{units}")
     span = max(sums) - min(sums)
     ax.set_xlim(min(sums) - 0.12 * span, max(sums) + 0.16 * span)
     ax.grid(axis="x", alpha=0.25)
