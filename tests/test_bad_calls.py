@@ -1030,7 +1030,12 @@ bad(
     ArgumentError,
     "`interactive`",
 )
-bad("a figure of no table", lambda b: rs.plot_counts("x"), ArgumentError, "`table` must be a DataFrame; got 'str'")
+bad(
+    "a figure of no table",
+    lambda b: rs.plot_counts("x"),
+    ArgumentError,
+    "`table` must be a table from resid_surgery.counts; got 'str'",
+)
 bad(
     "a figure of other columns", lambda b: rs.plot_counts(TRIALS), ArgumentError, "`table` must be one with the columns"
 )

@@ -1,6 +1,7 @@
 """The documented table of conditions: each row of `.docs/errors.md` is provoked, and does what it says."""
 
 import copy
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -718,6 +719,29 @@ def _idle() -> None:
     rec = rs.record(rs.load(of_type("mixtral", dtype=torch.float64)), PROMPT)
     idle = min({0, 1, 2, 3} - {group.expert for group in rec.layers[0].groups})
     rs.spectrum(rec, f"L0.E{idle}.N1")
+
+
+def a_checkpoint(folder: Path, **changes: Any) -> Path:
+    """A checkpoint with changes of its config."""
+    llama().float().save_pretrained(folder)
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    return folder
+
+
+@refused("a checkpoint whose config is of a far larger model than its files")
+def _(bench: Bench, folder: Path) -> None:
+    rs.load(a_checkpoint(folder, hidden_size=10**9))
+
+
+@refused("a checkpoint whose config counts what no model has")
+def _(bench: Bench, folder: Path) -> None:
+    rs.load(a_checkpoint(folder, num_labels=10**9))
+
+
+@refused("a checkpoint whose config names code of a hub")
+def _(bench: Bench, folder: Path) -> None:
+    rs.load(a_checkpoint(folder, attn_implementation="somebody/kernel"))
 
 
 @refused("a damaged file of interventions")

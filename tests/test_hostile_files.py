@@ -484,7 +484,8 @@ COUNTED: dict[str, dict[str, Any]] = {
     "layers as a fraction": {"num_hidden_layers": 1e8}, "more layers than a float holds": {"num_layers": 10**400},
     "layers far inside": {"model_type": "qwen2_5_omni", "thinker_config": {"text_config": {"num_layers": 10**8}}},
     "types of layers": {"model_type": "gpt_neo", "attention_types": [[["global", "local"], 10**8]], "num_layers": 4},
-    "cycles": {"model_type": "hrm_text", "H_cycles": 10**8}, "layers of an encoder": {"model_type": "bart", "encoder_layers": 10**8},
+    "cycles": {"model_type": "hrm_text", "H_cycles": 10**8},
+    "layers of an encoder": {"model_type": "bart", "encoder_layers": 10**8},
 }  # fmt: skip
 
 
@@ -504,8 +505,8 @@ def test_counts_of_real_models_are_read(checkpoint):
     rewrite_json(checkpoint / "config.json", lambda body: body | {
         "num_labels": 1000, "block_size": 65536, "max_position_embeddings": 10**7, "rope_theta": 10**11,
         "model_max_length": 10**30, "training_samples": 10**12, "label_smoothing": 0.1, "layer_norm_epsilon": "1e-5",
-        "vocab_size_per_layer_input": 10**6, "id2label": {"0": "layer"}, "label2id": {"layer": 10**6}, "num_blocks": None,
-        "layer_types": ["full_attention"] * 3, "max_window_layers": 70,
+        "vocab_size_per_layer_input": 10**6, "id2label": {"0": "layer"}, "label2id": {"layer": 10**6},
+        "num_blocks": None, "layer_types": ["full_attention"] * 3, "max_window_layers": 70,
     })  # fmt: skip
     assert load_quietly(checkpoint).anatomy.n_layers == 3
 
@@ -518,9 +519,11 @@ def test_code_that_a_config_names_is_neither_fetched_nor_run(checkpoint, name):
     )
 
 
-def test_a_model_is_held_against_its_files_while_it_is_built():
+def test_a_model_is_held_against_its_files_while_it_is_built(monkeypatch):
     """Also where it would never be done, and only in the thread that builds it."""
     from torch.nn.modules import module as hooks
+
+    monkeypatch.setattr(headers, "SPARE", 1 << 22)
 
     def endless(part: Callable[[], torch.nn.Module]) -> torch.nn.Module:
         held = torch.nn.ModuleList()
@@ -536,10 +539,10 @@ def test_a_model_is_held_against_its_files_while_it_is_built():
                 torch.device("meta"), headers.no_larger_than(lambda: 1000):  # fmt: skip
             endless(part)
     with headers.no_larger_than(lambda: 0), ThreadPoolExecutor(1) as other, torch.device("cpu"):
-        other.submit(lambda: torch.nn.Linear(1 << 15, 1 << 15, device="meta")).result()
-        torch.nn.Linear(1 << 13, 1 << 13)  # what is there is no plan
+        other.submit(lambda: torch.nn.Linear(1 << 12, 1 << 12, device="meta")).result()
+        torch.nn.Linear(1 << 11, 1 << 10)  # what is there is no plan
         with pytest.raises(ValueError, match="files hold 0"):
-            torch.nn.Linear(1 << 15, 1 << 15, device="meta")
+            torch.nn.Linear(1 << 11, 1 << 10, device="meta")
     with headers.no_larger_than(lambda: None):
         torch.nn.Linear(1 << 20, 1 << 20, device="meta")
     assert [len(vars(hooks)[name]) for name in names] == before

@@ -1066,3 +1066,17 @@ def test_a_folder_and_its_object_have_the_same_fingerprint(saved: Path) -> None:
     module = AutoModelForCausalLM.from_pretrained(saved, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(saved)
     assert rs.load(module, tokenizer=tokenizer).fingerprint() == rs.load(saved).fingerprint()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_weights_that_are_no_finite_numbers_are_refused(family, value):
+    module = tiny.build(family)
+    for name, parameter in module.named_parameters():
+        cell, kept = parameter.data.view(-1)[:1], float(parameter.data.view(-1)[0])
+        cell.fill_(value)
+        with pytest.raises(rs.ResidSurgeryError) as caught:
+            rs.load(module)
+        assert "\n" not in str(caught.value), name
+        cell.fill_(kept)
+    assert rs.load(module).anatomy.n_layers == module.config.num_hidden_layers

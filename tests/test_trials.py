@@ -622,7 +622,8 @@ def test_intervals_are_drawn_with_the_largest_on_top():
         {"score": ["a", "b", "c"], "mean": [2.0, 5.0, 1.0], "low": [1.5, 4.0, np.nan], "high": [3.0, 7.0, np.nan]}
     )
     axes = rs.plot_intervals(table, xlabel="nats", mark=0.25)
-    dots, bars, mark = axes.containers[0][0], axes.containers[0][2][0], axes.get_lines()[-1]
+    dots = next(line for line in axes.get_lines() if line.get_marker() == "o")
+    bars, mark = axes.containers[0][2][0], axes.get_lines()[-1]
     assert dots.get_xdata().tolist() == [1.0, 2.0, 5.0]
     assert [one.get_text() for one in axes.get_yticklabels()] == ["c", "a", "b"]
     ends = [tuple(segment[:, 0]) for segment in bars.get_segments() if len(segment) and not np.isnan(segment).any()]

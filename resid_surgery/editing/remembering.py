@@ -114,7 +114,7 @@ class Remembered:
             return False
         numbers, best = (held["nll"], held["entropy"]), min(TOP, self.subject.model.vocab_size)
         fit = all(one.dtype == torch.float64 and one.shape == (positions,) for one in numbers)
-        return fit and self._are_ids(held["top"])
+        return fit and held["top"].shape == (positions, best) and self._are_ids(held["top"])
 
     def _are_continuations(self, held: Mapping[str, Tensor], prompts: int) -> bool:
         """Whether what a file holds can be the continuations of so many prompts."""

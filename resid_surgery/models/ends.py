@@ -108,10 +108,16 @@ def read_head(
 
 
 def solve(total: Tensor, terms: Sequence[Tensor]) -> list[float]:
-    """The numbers c that fit total = sum c_i terms_i best."""
-    a = torch.stack([t.double().cpu().reshape(-1) for t in terms], 1)
+    """The numbers c that fit total = sum c_i terms_i best.
+
+    Raises:
+        UnreadableError: NaN or infinity stands among them.
+    """
+    a, b = torch.stack([t.double().cpu().reshape(-1) for t in terms], 1), total.double().cpu().reshape(-1, 1)
+    if not bool(a.isfinite().all() and b.isfinite().all()):
+        raise UnreadableError("NaN or infinity flows through it: some of its weights are no finite numbers, or overflow")
     # the default driver is wrong for a zero or collinear column
-    return [float(v) for v in torch.linalg.lstsq(a, total.double().cpu().reshape(-1, 1), driver="gelsd").solution[:, 0]]
+    return [float(v) for v in torch.linalg.lstsq(a, b, driver="gelsd").solution[:, 0]]
 
 
 def weighted_sum(factors: Sequence[Tensor | float], terms: Sequence[Tensor]) -> Tensor:
