@@ -115,7 +115,7 @@ def solve(total: Tensor, terms: Sequence[Tensor]) -> list[float]:
     """
     a, b = torch.stack([t.double().cpu().reshape(-1) for t in terms], 1), total.double().cpu().reshape(-1, 1)
     if not bool(a.isfinite().all() and b.isfinite().all()):
-        raise UnreadableError("NaN or infinity flows through it: some of its weights are no finite numbers, or overflow")
+        raise UnreadableError("NaN or infinity flows through it: weights of it are no finite numbers, or overflow")
     # the default driver is wrong for a zero or collinear column
     return [float(v) for v in torch.linalg.lstsq(a, b, driver="gelsd").solution[:, 0]]
 
