@@ -15,8 +15,9 @@ from pages import NASTY, Elements
 from test_theatre import TEXT, theatre_tokenizer
 
 import resid_surgery as rs
-from resid_surgery.views import operated
+from resid_surgery.views import operated, theatre_server
 from resid_surgery.views import theatre as play
+from resid_surgery.views import theatre_acts as acts
 from resid_surgery.views import theatre_tables as tables
 from resid_surgery.views.report import MOST, report_html
 from resid_surgery.views.theatre_line import Line
@@ -222,3 +223,47 @@ def test_a_choice_made_while_charts_are_still_being_drawn_holds_for_all(model: A
     assert len(drawn) == 3
     assert all('"norm":"own"' in one for one in drawn)
     assert "own norm" in units[0]
+
+
+@pytest.mark.parametrize("given", [None, 5, float("nan"), b"ab", ["a"], {"a": 1}, True])
+def test_a_field_of_another_kind_is_named_and_no_forward_runs(given: Any, model: Any) -> None:
+    """Whoever has the key may send anything in place of a text."""
+    for field in ("text", "target", "versus"):
+        asked: dict[str, Any] = {"text": TEXT, "target": " Paris", "versus": [" London"]}
+        if field == "versus" and given == ["a"]:
+            given = [None]
+        wrong = play.faults(model, **asked | {field: given})
+        assert list(wrong) == [field]
+        assert wrong[field].startswith(f"`{field}` must be a ")
+        with pytest.raises(rs.PromptError, match=f"`{field}` must be a "):
+            play.read(model, **asked | {field: given})
+
+
+def test_a_continuation_is_the_models_own_in_evaluation_mode_whatever_the_modules_mode_is() -> None:
+    module = tiny.build("llama", attention_dropout=0.9)
+    stage = play.read(rs.load(module, tokenizer=theatre_tokenizer()), TEXT, " Paris", [])
+    said = acts.continued(stage, [], 8)
+    module.train()
+    assert {acts.continued(stage, [], 8) for _ in range(5)} == {said}
+    assert module.training
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"model": None}, "`model` must be a model from resid_surgery.load"),
+        ({"load": 5}, "`load` must be a text; got 5"),
+        ({"opened": "x"}, "`opened` must be a function of the page's address; got 'x'"),
+    ],
+    ids=["model", "load", "opened"],
+)
+def test_a_theatre_of_something_else_is_refused(given: dict[str, Any], said: str, model: Any) -> None:
+    asked: dict[str, Any] = {"model": model, "load": "rs.load('x')", "port": 0}
+    with pytest.raises(rs.ArgumentError, match=said):
+        theatre_server.theatre(**asked | given)
+
+
+@pytest.mark.parametrize("host", [None, ["127.0.0.1"], b"127.0.0.1", {}, float("nan"), "0.0.0.0", pd.NA])
+def test_no_host_but_the_loopback_is_taken(host: Any) -> None:
+    with pytest.raises(rs.ArgumentError, match=r"`host` must be one of 127\.0\.0\.1"):
+        theatre_server.bound(host, 0)

@@ -502,6 +502,22 @@ def test_a_standing_tells_modules_hooks_and_settings_apart(name: str, module: An
     assert after.sure == (name in ("another activation", "another scaling"))
 
 
+def test_hooks_that_transformers_leaves_behind_to_collect_attentions_change_nothing() -> None:
+    module = tiny.build("llama")
+    opened = rs.load(module)
+    rec = rs.record(opened, PROMPT)
+    before, stood, shadow = standing(module), opened.weights.structure(), opened.shadow
+    module(torch.tensor([PROMPT.ids]), output_attentions=True, output_hidden_states=True)
+    assert any(one._forward_hooks for one in module.modules())
+    assert standing(module) == before
+    assert opened.weights.structure() == stood
+    assert opened.shadow is shadow
+    assert len(rs.scores(rec)) > 0
+    module.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    assert standing(module) != before
+    assert opened.weights.structure() != stood
+
+
 def test_a_standing_is_not_sure_of_what_cannot_be_told_by_its_contents(module: Any) -> None:
     names: dict[str, Any] = {
         "a function of this file": Calls(torch.relu), "a lambda": Calls(lambda x: x), "an object": Calls(object()),

@@ -12,7 +12,7 @@ are the same.
 
 import functools
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, final
 
 import numpy as np
@@ -24,7 +24,15 @@ from transformers import PretrainedConfig
 NUMBERS = frozenset((bool, int, float, str, type(None)))
 SAME = (types.FunctionType, types.BuiltinFunctionType, functools.partial, torch.dtype, np.generic)
 SMALL = 64
-OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+COLLECTORS = "transformers.utils.output_capturing"
+"""Whose hooks stay on a model for good once it is asked for attentions or hidden states; they only look."""
+COLLECTED = "_output_capturing_hooks_installed"
+OF_EVERY_MODULE = frozenset(nn.Module().__dict__) | {COLLECTED}
+
+
+def hooks_of(hooks: Mapping[int, Any]) -> dict[int, Any]:
+    """A module's forward hooks but those of transformers, which only collect what it is asked for."""
+    return {key: one for key, one in hooks.items() if getattr(one, "__module__", "") != COLLECTORS}
 
 
 @final
@@ -66,10 +74,10 @@ class Weights:
     def structure(self) -> tuple[Any, ...]:
         """Equal while a shadow is still faithful: the same submodules, tensors, hooks, settings and configs."""
         hooks = [
-            (*sub._forward_hooks, None, *sub._forward_pre_hooks, id(sub.__dict__.get("forward")))
+            (*hooks_of(sub._forward_hooks), None, *sub._forward_pre_hooks, id(sub.__dict__.get("forward")))
             for sub in self.modules()
         ]
-        settings: list[Any] = [len(sub.__dict__) for sub in self._modules]
+        settings: list[Any] = [len(sub.__dict__) - (COLLECTED in sub.__dict__) for sub in self._modules]
         others: dict[int, Any] = {}
         for sub, named in zip(self._modules, self._named, strict=True):
             held = sub.__dict__

@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerFast
 
 from resid_surgery._check import message
 from resid_surgery.errors import ArgumentError, ResidSurgeryError, RunError, UnsupportedModelError
+from resid_surgery.models.fingerprint import hooks_of
 from resid_surgery.models.opening import OpenedModel
 from resid_surgery.models.replacing import EditedModel
 
@@ -166,7 +167,7 @@ def _unnamed(model: OpenedModel) -> str:
         return "its weights were changed in memory"
     if model.weights.structure() != model.weights.stood:
         return "its modules, hooks or settings were changed in memory"
-    if any(one._forward_hooks or one._forward_pre_hooks for one in model.module.modules()):
+    if any(hooks_of(one._forward_hooks) or one._forward_pre_hooks for one in model.module.modules()):
         return "it has forward hooks, which stay in this process"
     return ""
 

@@ -19,7 +19,7 @@ import xxhash
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from resid_surgery.models.fingerprint import NUMBERS, OF_EVERY_MODULE
+from resid_surgery.models.fingerprint import NUMBERS, OF_EVERY_MODULE, hooks_of
 
 IDLE = ("transformers_version", "architectures", "torch_dtype", "dtype", "quantization_config", "use_cache",
         "model_type")  # fmt: skip
@@ -64,7 +64,7 @@ class _Teller:
         own = one.__dict__.get("forward")
         if own is not None and not hasattr(one, "_hf_hook") and not type(own).__module__.startswith("nnsight"):
             yield f"its own forward {self._unsure(own)}"
-        for kind, hooks in (("before", one._forward_pre_hooks), ("after", one._forward_hooks)):
+        for kind, hooks in (("before", one._forward_pre_hooks), ("after", hooks_of(one._forward_hooks))):
             for hook in hooks.values():
                 yield f"hook {kind} {self._unsure(hook)}"
         general = isinstance(one, PreTrainedModel)

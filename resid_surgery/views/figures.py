@@ -42,7 +42,9 @@ def plot_intervals(
     Raises:
         ArgumentError: matplotlib is not installed, a column is missing or of another kind, or an option is.
     """
-    rows = taken(table, named=[label], real=[value, low, high]).sort_values(value, kind="stable", ignore_index=True)
+    rows = taken(table, named=[label], real=[value], partly=[low, high]).sort_values(
+        value, kind="stable", ignore_index=True
+    )
     middle, half = middles(rows, low, high)
     shown, line = label_of("xlabel", xlabel, value), None if mark is None else _check.finite("mark", mark)
     ax = axes_of(ax, 7.2, 1.2 + 0.3 * min(len(rows), MOST_LINES))

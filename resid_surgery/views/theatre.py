@@ -49,9 +49,21 @@ def faults(model: OpenedModel, text: str, target: str, versus: Sequence[str]) ->
 
     An empty target is none of them: the model's own first choice is taken.
     """
+    odd = _of_another_kind(text, target, versus)
+    if odd:
+        return odd
     found = {"text": _text_fault(model, text), "target": _token_fault(model, target, "target") if target else ""}
     found["versus"] = _versus_fault(model, versus) or _twice(model, target, versus, found["target"])
     return {field: why for field, why in found.items() if why}
+
+
+def _of_another_kind(text: Any, target: Any, versus: Any) -> dict[str, str]:
+    """Fields that hold no texts, whatever a page sent -> why."""
+    found = {name: message(name, "a text", given) for name, given in (("text", text), ("target", target))
+             if not isinstance(given, str)}  # fmt: skip
+    if not isinstance(versus, (list, tuple)) or not all(isinstance(one, str) for one in versus):
+        found["versus"] = message("versus", "a list of texts", versus)
+    return found
 
 
 def _text_fault(model: OpenedModel, text: str) -> str:

@@ -258,7 +258,7 @@ def continued(
     ids = ids.to(device_of(model))
     plain = {"do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": _pad(model)}
     with model.lock, GradKept(), torch.no_grad():
-        out = model.module.generate(ids, **plain, **options)  # type: ignore[operator]
+        out = model.shadow.generate(ids, **plain, **options)  # type: ignore[operator]
     return text(out[0, ids.shape[1] :].tolist())
 
 

@@ -46,7 +46,7 @@ def loopback(host: Any) -> str:
     Raises:
         ArgumentError: it is not this machine's loopback.
     """
-    if host not in LOOPBACK:
+    if not isinstance(host, str) or host not in LOOPBACK:
         do = "The theatre runs what the page asks for, so only this machine may reach it; use ssh -L from elsewhere."
         raise ArgumentError(message("host", "one of " + ", ".join(LOOPBACK), host, do=do))
     return str(host)

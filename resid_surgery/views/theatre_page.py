@@ -206,7 +206,7 @@ class Page:
 
     async def read(self) -> None:
         """Record the prompt that is typed, and show it."""
-        text, target, versus = str(self.text.value or ""), str(self.target.value or ""), list(self.versus.value or ())
+        text, target, versus = str(self.text.value or ""), str(self.target.value or ""), self.versus.value or ()
         with self._telling():
             wrong = await self.line.ask(self, "read", lambda: play.faults(self.model, text, target, versus))
             for name, field in (("text", self.text), ("target", self.target), ("versus", self.versus)):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, final
 
-from resid_surgery._check import message, whole
+from resid_surgery._check import message, text, whole
 from resid_surgery.errors import ArgumentError
 from resid_surgery.views.theatre_guard import Guard, loopback, new_key
 
@@ -84,6 +84,12 @@ def theatre(
         ArgumentError: the model has no tokenizer; another host; a taken port; another theatre was set up in this
             process; see `prepare`.
     """
+    from resid_surgery.stream.recording import need_model
+
+    need_model(model)
+    text("load", load)
+    if not callable(opened):
+        raise ArgumentError(message("opened", "a function of the page's address", opened))
     if model.tokenizer is None:
         raise ArgumentError(message("model", "one with a tokenizer, since its prompts are typed", model.name))
     if _set_up:
