@@ -76,6 +76,13 @@ def a_row(model, times=1.0, name="model.layers.1.mlp.down_proj.weight", i=3):
                                  torch.full((1, t.shape[0]), times, dtype=torch.float64))], method="a row")  # fmt: skip
 
 
+@pytest.mark.parametrize("given", ["x", None, [1], float("nan"), {}, 10**400])
+def test_a_multiple_of_an_edit_that_says_of_itself_no_number_is_refused(given):
+    edit = replace(a_row(shared("llama")), about={"scaled": given})
+    with pytest.raises(rs.ArgumentError, match=r"`about\['scaled'\]` must be a finite number"):
+        edit.scaled(2.0)
+
+
 @given(families, st.data())
 def test_what_is_added_is_added_and_nothing_else_moves(family, data):
     model = shared(family)

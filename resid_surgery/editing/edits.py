@@ -122,7 +122,8 @@ class Edit:
         """
         times = _check.finite("factor", factor)
         self._need_weights("scaled")
-        about = {**self.about, "scaled": float(self.about.get("scaled", 1.0)) * times}
+        before = _check.finite("about['scaled']", self.about.get("scaled", 1.0))
+        about = {**self.about, "scaled": before * times}
         return replace(self, changes=tuple(c.scaled(times) for c in self.changes), about=about)
 
     def __mul__(self, factor: float) -> "Edit":
