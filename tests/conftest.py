@@ -60,6 +60,14 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
         raise
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws from torch is the same in every run, whatever ran before it."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Iterator[Any]:
     """The embedded real model, loaded once; tests must leave it as it was."""

@@ -124,14 +124,17 @@ def test_any_two_tensors_differ_by_what_takes_one_to_the_other(seed, dtype, n, h
     assert rank == n or how == "dense"
 
 
-def test_a_rank_shows_through_the_rounding_of_weights():
-    old = torch.randn(200, 150)
+@pytest.mark.parametrize("seed", [0, 14, 19, 28, 271])
+def test_a_rank_shows_through_the_rounding_of_weights(seed):
+    """Also where rows and columns are of very different sizes, and so their rounding."""
+    rng = torch.Generator().manual_seed(seed)
+    old = torch.randn(200, 150, generator=rng)
     for size in (1.0, 1e-3):
-        new = old + size * torch.randn(200, 2) @ torch.randn(2, 150)
+        new = old + size * torch.randn(200, 2, generator=rng) @ torch.randn(2, 150, generator=rng)
         change = change_between("w", (), old, new)
         assert isinstance(change, Dense), "the rounding has full rank"
         assert numerical_rank(old, change) == 2
-    assert numerical_rank(old, change_between("w", (), old, torch.randn(200, 150))) is None
+    assert numerical_rank(old, change_between("w", (), old, torch.randn(200, 150, generator=rng))) is None
     assert numerical_rank(old[0], change_between("w", (), old[0], old[1])) is None
 
 

@@ -116,6 +116,10 @@ def test_a_closed_handle_runs_nothing() -> None:
         pass
     with pytest.raises(InterventionError, match="was left"):
         edited.module(torch.tensor([[1, 2]]))
+    for name in ("get_input_embeddings", "config", "model"):
+        with pytest.raises(InterventionError, match="was left"):
+            getattr(edited.module, name)
+    assert getattr(edited.module, "_nothing", None) is None
     assert "closed" in repr(edited)
 
 

@@ -66,8 +66,9 @@ def numerical_rank(old: Tensor, change: Change) -> int | None:
     """How many singular values of a matrix's change stand out of the rounding of its dtype; None for tensors that are
     no matrix, or more than `RANKS`.
 
-    A change of rank r that another tool added to rounded weights has full rank by that rounding, of spectral norm
-    about eps/2 rms(new) (sqrt(rows) + sqrt(columns)).
+    A change of rank r that another tool added to rounded weights has full rank by that rounding, of spectral norm up
+    to about eps/2 (the largest norm of a row of `new` + the largest of a column): that of a matrix of independent
+    numbers with these spreads.
     """
     if isinstance(change, LowRank):
         return int(torch.linalg.matrix_rank(change.left.double() @ change.right.double())) if _small(change) else None
@@ -102,7 +103,7 @@ class _Sketch:
     @classmethod
     def of(cls, old: Tensor, new: Tensor) -> "_Sketch":
         """By a random range finder with one power step, in float64, a few rows at a time."""
-        (m, n), q = old.shape, min(RANKS + 8, *old.shape)
+        n, q = old.shape[1], min(RANKS + 8, *old.shape)
         start = torch.randn(n, q, dtype=torch.float64, generator=torch.Generator().manual_seed(SEED))
         for _ in range(2):
             span = torch.cat([d @ start for _, d in _rows_of(old, new)])
@@ -113,8 +114,9 @@ class _Sketch:
         left = ortho @ u
         parts = [(d - (left[at] * sizes) @ right).square().sum() for at, d in _rows_of(old, new)]
         eps = torch.finfo(new.dtype).eps / 2
-        size, whole = float(new.double().norm()), float(sizes.norm())
-        floor = eps * size / (m * n) ** 0.5 * (m**0.5 + n**0.5)
+        rows, columns = (torch.linalg.vector_norm(new, dim=dim, dtype=torch.float64) for dim in (1, 0))
+        size, whole = float(rows.norm()), float(sizes.norm())
+        floor = eps * float(rows.max() + columns.max())
         return cls(left, sizes, right, float(sum(parts)) ** 0.5, eps * size + 1e-14 * whole * q,
                    int((sizes > max(floor, 1e-14 * float(sizes[0]))).sum()))  # fmt: skip
 

@@ -64,6 +64,12 @@ class _Closed(nn.Module):
         """Refused."""
         raise InterventionError(f"`{self.name}` was left: apply the edit again to run it.")
 
+    def __getattr__(self, name: str) -> Any:
+        """Refused, but for what Python itself asks of objects: a call that had begun may still look for any part."""
+        if name.startswith("_"):
+            return super().__getattr__(name)
+        raise InterventionError(f"`{self.name}` was left: apply the edit again to look into it.")
+
     def get_submodule(self, target: str) -> nn.Module:
         """Refused."""
         raise InterventionError(f"`{self.name}` was left: apply the edit again to look into it.")
