@@ -3,6 +3,7 @@
 `test_staleness` has the ways in which weights change, and the objects that notice.
 """
 
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -338,6 +339,24 @@ def test_figures_of_a_base_are_not_believed_of_other_modules_hooks_or_settings(n
     assert any(not torch.equal(a.nll.nan_to_num(), b.nll.nan_to_num()) for a, b in zip(before, after, strict=True))
     right = figures(WeightsSubject(model, "x"), ROWS)
     assert all(torch.equal(a.top, b.top) for a, b in zip(after, right, strict=True))
+
+
+@pytest.mark.parametrize("place", ["", "cuda.matmul", "mkldnn", "mkldnn.matmul"])
+def test_figures_of_a_base_are_not_believed_of_another_precision(place: str, module: Any, own_cache: Path) -> None:
+    """Said in torch's new way, after which its old way of asking raises an error."""
+    model = rs.load(module)
+    Remembered(model).figures(ROWS)
+    setting = operator.attrgetter(f"backends.{place}" if place else "backends")(torch)
+    before = setting.fp32_precision
+    try:
+        setting.fp32_precision = "tf32"
+        other = Remembered(model)
+        other.figures(ROWS)
+    finally:
+        setting.fp32_precision = before
+    again = Remembered(model)
+    again.figures(ROWS)
+    assert (other.found, other.asked, again.found) == (0, 2, 2)
 
 
 def test_of_a_model_with_hooks_nothing_is_kept(module: Any, own_cache: Path) -> None:

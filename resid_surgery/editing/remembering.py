@@ -46,7 +46,7 @@ class Remembered:
             repr(model.anatomy.layout),
             model.dtype,
             model.device.type,
-            torch.get_float32_matmul_precision(),
+            _precision(),
             sorted(versions().items()),
             VERSION,
         )
@@ -135,3 +135,9 @@ class Remembered:
             write_kept(path, tensors)
         except OSError as error:
             warnings.warn(f"what the base model says is not kept for next time in {path.parent}: {error}", stacklevel=2)
+
+
+def _precision() -> tuple[str, ...]:
+    """With how many bits float32 matrices are multiplied, in all the places where a process can say so."""
+    of = torch.backends
+    return tuple(str(one.fp32_precision) for one in (of, of.cuda.matmul, of.mkldnn, of.mkldnn.matmul))  # type: ignore[attr-defined]
