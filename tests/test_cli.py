@@ -100,8 +100,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def in_a_process(*args: Any) -> Done:
-    """Run a command as the console script does, in a process of its own, output in pipes."""
-    script = [sys.executable, "-c", "from resid_surgery.cli.main import run; run()"]
+    """Run a command by `python -m`, as the console script does, in a process of its own, output in pipes."""
+    script = [sys.executable, "-m", "resid_surgery"]
     done = subprocess.run([*script, *map(str, args)], capture_output=True, text=True, timeout=120, check=False)
     return Done(done.returncode, done.stdout, done.stderr)
 
