@@ -62,7 +62,7 @@ class Parser:
         name: of the parser. file: what the content is called in the folder of a case. read: the reader of that file.
         made: gives `samples`, valid contents. holds: whether what was read is well: it comes back from being written,
             or is what was written. repaired: makes hashes right again after damage, as a hostile writer would.
-        lines: it is JSON lines. binary: it is no JSON. share: of the benchmark's cases, for what is slow.
+        lines: it is JSON lines. binary: it is no JSON. share: of CI's cases, for what is slow.
     """
 
     name: str

@@ -714,11 +714,22 @@ def test_gguf_lists_are_limited_together(tmp_path, monkeypatch):
 
     path = tmp_path / "a.gguf"
     field = words(b"%d") + struct.pack("<IIQ", 9, 0, 60) + b"\0" * 60
-    path.write_bytes(gguf(0, 2, field.replace(b"%d", b"%a") + field.replace(b"%d", b"%b")))
+    known = words(b"general.architecture") + struct.pack("<I", 8) + words(b"x")
+    known += words(b"x.block_count") + struct.pack("<II", 4, 0)
+    path.write_bytes(gguf(0, 4, field.replace(b"%d", b"%a") + field.replace(b"%d", b"%b") + known))
     check_gguf(path)
     monkeypatch.setattr(headers, "MOST_ITEMS", 100)
     with pytest.raises(ValueError, match="counts 60 items where there can be at most 40"):
         check_gguf(path)
+
+
+@pytest.mark.parametrize("old", ["llama.block_count", "general.architecture"])
+def test_a_gguf_file_that_says_no_number_of_layers_is_refused(old, tmp_path):
+    """Its reader would take the architecture's usual one, and spend its time on layers that are not there."""
+    path, whole = tmp_path / "a.gguf", a_gguf()
+    assert old.encode() in whole
+    path.write_bytes(whole.replace(old.encode(), old.replace("a", "h").encode()))
+    assert "how many layers its architecture has" in refused(lambda: load_quietly(path))
 
 
 def test_a_good_gguf_file_loads_and_every_cut_is_refused(tmp_path):

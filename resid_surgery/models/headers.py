@@ -141,13 +141,19 @@ class _GgufHeader:
         version = self.take(4)
         self.order = "little" if int.from_bytes(version, "little") & 0xFFFF else "big"
         tensors = self.within("tensors", self.number(8), MOST_COUNTED)
+        architecture, layers = b"", dict[bytes, int]()
         for _ in range(self.within("fields", self.number(8), MOST_COUNTED)):
             name, kind = self.text(), self.number(4)
+            if name == b"general.architecture" and kind == GGUF_TEXT:
+                architecture = self.text()
+                continue
             value = self.value(kind)
             if name.endswith(b".block_count"):
-                self.within("layers", value, tensors)
+                layers[name] = self.within("layers", value, tensors)
         total = sum(self.tensor() for _ in range(tensors))
         self.within("bytes of tensors", total, self.left)
+        if architecture + b".block_count" not in layers:  # a reader would take the architecture's usual number
+            raise ValueError("it does not say how many layers its architecture has")
 
     def value(self, kind: int) -> int:
         """Skip a value; a whole number is given back."""
